@@ -1,0 +1,3 @@
+//! The node side of Pericarp: pods, images and networks, and the doors through which they are asked for.
+
+pub mod spec;

@@ -1,0 +1,3 @@
+//! The virtual machine monitor of one pod.
+
+pub mod virtio;

@@ -1,0 +1,89 @@
+//! The seam between a virtio transport and a device.
+//!
+//! A device is two things: facts ([`DeviceInfo`]), which the transport shows to the guest from any vCPU thread, and
+//! a [`Backend`], which one thread owns. They share nothing: at DRIVER_OK the transport sends the queues to the
+//! thread, at reset it takes them back.
+
+use std::io;
+use std::sync::Arc;
+
+use thiserror::Error;
+use virtio_queue::{Queue, QueueT};
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
+
+/// What the guest can read of a device; fixed for its life.
+#[derive(Clone, Debug)]
+pub struct DeviceInfo {
+    /// Its name in logs, events and counters, such as `net0`.
+    pub name: String,
+    /// Virtio device ID (virtio 1.2 §5).
+    pub id: u16,
+    /// PCI class code: base class, subclass, interface.
+    pub class: [u8; 3],
+    /// Feature bits offered beside those of the transport (VERSION_1, RING_EVENT_IDX).
+    pub features: u64,
+    /// Largest size of each queue.
+    pub queue_sizes: Vec<u16>,
+    /// The device-specific configuration; read-only.
+    pub config: Vec<u8>,
+}
+
+/// A device between DRIVER_OK and reset.
+#[derive(Debug)]
+pub struct Active {
+    /// All of guest memory.
+    pub memory: Arc<GuestMemoryMmap>,
+    /// Feature bits that the driver accepted.
+    pub features: u64,
+    /// The queues, in the order of [`DeviceInfo::queue_sizes`]; one that the driver left off is not ready.
+    pub queues: Vec<ActiveQueue>,
+}
+
+/// One virtqueue, and how each side wakes the other.
+#[derive(Debug)]
+pub struct ActiveQueue {
+    /// The rings.
+    pub queue: Queue,
+    /// Signalled when the driver notifies the queue.
+    pub kick: EventFd,
+    /// The queue's MSI-X vector as an irqfd; `None` if the driver gave it none.
+    pub interrupt: Option<EventFd>,
+}
+
+impl ActiveQueue {
+    /// Interrupts the driver if it asks for that (virtio 1.2 §2.7.7); call once after a batch of used buffers.
+    pub fn signal_used(&mut self, memory: &GuestMemoryMmap) -> Result<(), DeviceError> {
+        if self.queue.needs_notification(memory)?
+            && let Some(interrupt) = &self.interrupt
+        {
+            interrupt.write(1)?;
+        }
+        Ok(())
+    }
+}
+
+/// Why a device stopped serving its queues; the guest sees DEVICE_NEEDS_RESET (virtio 1.2 §2.1.1).
+#[derive(Debug, Error)]
+pub enum DeviceError {
+    /// The rings themselves are broken.
+    #[error("the guest broke the rules of the ring")]
+    Ring(#[from] virtio_queue::Error),
+    /// A descriptor points outside guest memory.
+    #[error("a descriptor points outside guest memory")]
+    Memory(#[from] vm_memory::GuestMemoryError),
+    /// The driver broke a rule of this kind of device.
+    #[error("{0}")]
+    Driver(&'static str),
+    /// The host side failed.
+    #[error("the device's host side failed")]
+    Host(#[from] io::Error),
+}
+
+/// The part of a device that serves its queues; it lives in one thread.
+pub trait Backend: Send {
+    /// Serves the queues until `stop` is readable, which it leaves so. Returns with nothing in flight.
+    ///
+    /// A bad request is answered in the request's own terms; an error ends the device until the driver resets it.
+    fn run(&mut self, active: &mut Active, stop: &EventFd) -> Result<(), DeviceError>;
+}

@@ -1,0 +1,3 @@
+//! Virtio 1.2 devices: what each one is, and the thread that serves it.
+
+pub mod device;
