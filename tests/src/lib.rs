@@ -1,1 +1,1 @@
-//! End-to-end tests.
+//! End-to-end tests; each file under `tests/` is one.
