@@ -56,9 +56,9 @@ pub struct Config {
     /// Where the guest's console goes.
     #[serde(default)]
     pub console: Console,
-    /// The pod disk, present if any extent is or will be given.
+    /// Block devices present at boot. The first is the pod disk: the one that [`Command::AddDisk`] adds to.
     #[serde(default)]
-    pub disk: Option<PodDisk>,
+    pub disks: Vec<Disk>,
     /// Network interfaces present at boot.
     #[serde(default)]
     pub nets: Vec<Net>,
@@ -90,20 +90,22 @@ pub enum Console {
     },
 }
 
-/// The pod disk: one virtio-blk device whose extents map to host files.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// A virtio-blk device whose extents map to host files.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct PodDisk {
-    /// Extents present at boot; they may not overlap.
+pub struct Disk {
+    /// Size that the guest sees: [`POD_DISK_BYTES`] for the pod disk; a multiple of [`SECTOR_BYTES`].
+    pub capacity_bytes: u64,
+    /// Extents present at boot; they may not overlap. Sectors outside every extent answer with I/O errors.
     #[serde(default)]
     pub extents: Vec<Extent>,
 }
 
-/// A run of the pod disk's sectors that is backed by a host file from its beginning.
+/// A run of a disk's sectors that is backed by a host file from its beginning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Extent {
-    /// First sector on the pod disk; a multiple of 8, so that pages of the file are pages of the disk.
+    /// First sector on the disk; a multiple of 8, so that pages of the file are pages of the disk.
     pub first_sector: u64,
     /// Length in sectors; a multiple of 8.
     pub sectors: u64,
