@@ -10,7 +10,10 @@ use std::sync::Arc;
 use thiserror::Error;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
+
+use super::poller::{Poller, Wait};
 
 /// What the guest can read of a device; fixed for its life.
 #[derive(Clone, Debug)]
@@ -80,8 +83,18 @@ pub enum DeviceError {
     Host(#[from] io::Error),
 }
 
-/// The part of a device that serves its queues; it lives in one thread.
+/// The part of a device that serves its queues; it lives in one thread, which calls [`Backend::idle`] and
+/// [`Backend::run`] in turn, `idle` first.
 pub trait Backend: Send {
+    /// Waits until `wake` is readable, which it leaves so; meanwhile answers requests from the control thread, if
+    /// this kind of device takes any. The transport signals `wake` when the driver is ready or the VM ends.
+    fn idle(&mut self, wake: &EventFd) -> Result<(), DeviceError> {
+        let mut poller = Poller::new()?;
+        poller.add(wake, EventSet::IN, 0)?;
+        let _woken = poller.wait(Wait::Block)?;
+        Ok(())
+    }
+
     /// Serves the queues until `stop` is readable, which it leaves so. Returns with nothing in flight.
     ///
     /// A bad request is answered in the request's own terms; an error ends the device until the driver resets it.
