@@ -1,1 +1,17 @@
-//! End-to-end tests; each file under `tests/` is one.
+//! What the end-to-end tests stand on: a node with real components, and an inventory of all that a pod could leave behind.
+//!
+//! Each file under `tests/` is run inside the lab by `make test`; outside of it a test fails and says so.
+
+mod inventory;
+mod node;
+
+pub use inventory::Inventory;
+pub use node::{Call, Node, wait_until};
+
+/// The images that `tests/lab/images` makes, by the names under which tests pull them.
+pub mod image {
+    /// Debian's busybox.
+    pub const BUSYBOX: &str = "registry.k8s.io/e2e-test-images/busybox:1.29-2";
+    /// Debian's nginx, port 80.
+    pub const NGINX: &str = "registry.k8s.io/e2e-test-images/nginx:1.14-2";
+}
