@@ -1,0 +1,86 @@
+# Pericarp. `make demo` shows it, `make test` proves it, `make bench` measures it, `make install` puts it on a machine.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+PREFIX ?= /usr
+TARGET := x86_64-unknown-linux-gnu
+HOST_BIN := target/release
+STATIC_BIN := target/$(TARGET)/release
+# An installed tree, which demo, tests and benchmarks use.
+ROOT := target/root
+LAB := tests/lab/lab
+
+.PHONY: demo test test-host test-lab bench build install lint setup programs static-programs kernel initrd clean
+
+## What is built
+
+build: programs static-programs kernel initrd
+
+setup:
+	tests/lab/prepare
+
+programs:
+	cargo build --release --locked -p cri-shim -p pericarp-benches
+
+# What starts once per pod is static: no dynamic loader on the path of a pod's start, no library to find in a jail.
+static-programs:
+	RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --locked --target $(TARGET) -p pericarp-vmm -p pericarp-init
+
+kernel:
+	guest-kernel/build
+
+initrd: static-programs
+	initrd/build $(STATIC_BIN)/pericarp-init target/initrd.cpio
+
+install: build
+	install -Dt $(DESTDIR)$(PREFIX)/bin $(HOST_BIN)/pericarpd $(HOST_BIN)/pericarp
+	install -Dt $(DESTDIR)$(PREFIX)/libexec/pericarp $(STATIC_BIN)/pericarp-vmm
+	kernel=$$(guest-kernel/build --print-dir); install -Dm644 -t $(DESTDIR)$(PREFIX)/share/pericarp $$kernel/vmlinux $$kernel/version
+	install -Dm644 target/initrd.cpio $(DESTDIR)$(PREFIX)/share/pericarp/initrd.cpio
+	install -Dm644 -t $(DESTDIR)/etc/pericarp deploy/pericarp.toml
+	install -Dm644 -t $(DESTDIR)/etc/cni/net.d deploy/10-pericarp.conflist
+	install -Dm644 -t $(DESTDIR)$(PREFIX)/lib/systemd/system deploy/pericarpd.service
+
+$(ROOT): setup
+	$(MAKE) --no-print-directory install DESTDIR=$(CURDIR)/$(ROOT) PREFIX=/usr
+
+.PHONY: $(ROOT)
+
+## What is shown, proven and measured
+
+demo: $(ROOT)
+	tests/lab/images >/dev/null
+	tests/lab/go-tools crictl >/dev/null
+	$(LAB) --timeout 600 -- tests/demo
+
+test: lint test-host test-lab
+
+lint:
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+	cargo_deny=$$(tests/cargo-tool cargo-deny 0.20.2) && $$cargo_deny --offline check --hide-inclusion-graph bans licenses sources
+
+test-host: setup
+	cargo test --locked --workspace --exclude pericarp-tests
+	cargo test --locked -p pericarp-tests --test architecture
+	tests/lab/selftest
+
+# Cargo runs each test binary through the lab; two labs side by side use both cores.
+LAB_TESTS_A := pod bad_input
+LAB_TESTS_B := kill many
+in_lab = CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='$(CURDIR)/$(LAB) --timeout 2400 --' cargo test --locked -p pericarp-tests \
+	$(addprefix --test ,$(1)) -- --test-threads 1 --nocapture
+
+test-lab: $(ROOT)
+	tests/lab/images >/dev/null
+	tests/lab/go-tools crictl >/dev/null
+	cargo test --locked -p pericarp-tests --no-run
+	$(call in_lab,$(LAB_TESTS_A)) & a=$$!; $(call in_lab,$(LAB_TESTS_B)) & b=$$!; \
+	failed=0; wait $$a || failed=1; wait $$b || failed=1; exit $$failed
+
+bench: $(ROOT)
+	benches/run
+
+clean:
+	cargo clean
