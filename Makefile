@@ -31,13 +31,12 @@ kernel:
 	guest-kernel/build
 
 initrd: static-programs
-	initrd/build $(STATIC_BIN)/pericarp-init target/initrd.cpio
+	initrd/build $(STATIC_BIN)/pericarp-init target/initrd
 
 install: build
 	install -Dt $(DESTDIR)$(PREFIX)/bin $(HOST_BIN)/pericarpd $(HOST_BIN)/pericarp
-	install -Dt $(DESTDIR)$(PREFIX)/libexec/pericarp $(STATIC_BIN)/pericarp-vmm
-	kernel=$$(guest-kernel/build --print-dir); install -Dm644 -t $(DESTDIR)$(PREFIX)/share/pericarp $$kernel/vmlinux $$kernel/version
-	install -Dm644 target/initrd.cpio $(DESTDIR)$(PREFIX)/share/pericarp/initrd.cpio
+	install -Dt $(DESTDIR)$(PREFIX)/lib/pericarp $(STATIC_BIN)/pericarp-vmm
+	kernel=$$(guest-kernel/build --print-dir); install -Dm644 -t $(DESTDIR)$(PREFIX)/lib/pericarp $$kernel/vmlinux $$kernel/version target/initrd
 	install -Dm644 -t $(DESTDIR)/etc/pericarp deploy/pericarp.toml
 	install -Dm644 -t $(DESTDIR)/etc/cni/net.d deploy/10-pericarp.conflist
 	install -Dm644 -t $(DESTDIR)$(PREFIX)/lib/systemd/system deploy/pericarpd.service

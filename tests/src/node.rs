@@ -103,8 +103,8 @@ impl Node {
         let mirror = "http://127.0.0.1:5000";
         let mut config = format!(
             "socket = \"{run}/pericarpd.sock\"\nstate_dir = \"{run}/state\"\nimage_dir = \"/var/lib/pericarp/images\"\n\
-             vmm = \"{root}/usr/libexec/pericarp/pericarp-vmm\"\nkernel = \"{root}/usr/share/pericarp/vmlinux\"\n\
-             initrd = \"{root}/usr/share/pericarp/initrd.cpio\"\n\n[cni]\nconf_dir = \"{run}/cni\"\nbin_dirs = [\"/usr/lib/cni\"]\n",
+             vmm = \"{root}/usr/lib/pericarp/pericarp-vmm\"\nkernel = \"{root}/usr/lib/pericarp/vmlinux\"\n\
+             initrd = \"{root}/usr/lib/pericarp/initrd\"\n\n[cni]\nconf_dir = \"{run}/cni\"\nbin_dirs = [\"/usr/lib/cni\"]\n",
             run = self.directory.display(),
             root = self.root.display(),
         );

@@ -49,7 +49,7 @@ pub(super) struct Boot {
     #[arg(long)]
     events: Option<PathBuf>,
     /// The VMM to run.
-    #[arg(long, env = "PERICARP_VMM", default_value = "/usr/libexec/pericarp/pericarp-vmm")]
+    #[arg(long, env = "PERICARP_VMM", default_value = "/usr/lib/pericarp/pericarp-vmm")]
     vmm: PathBuf,
 }
 
