@@ -129,6 +129,8 @@ pub struct ContainerSpec {
     pub annotations: BTreeMap<String, String>,
     /// The root filesystem.
     pub rootfs: Rootfs,
+    /// What the caller called the image; only ever shown.
+    pub image_name: String,
     /// Whether the root filesystem refuses writes.
     pub read_only_rootfs: bool,
     /// What to run.

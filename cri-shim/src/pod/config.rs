@@ -1,0 +1,108 @@
+//! What the core must be told of its host: paths, sizes and nothing else. The daemon's configuration file and the
+//! command line both produce it.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// Paths and choices of the core. Every path is absolute.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CoreConfig {
+    /// Runtime state, lost at a reboot as the pods are: one directory per pod. Best on a tmpfs.
+    pub state_dir: PathBuf,
+    /// Writable layers of pods and the template they are copied from; on a disk, best one that can reflink.
+    pub scratch_dir: PathBuf,
+    /// Size in bytes of each pod's writable space; sparse.
+    pub scratch_bytes: u64,
+    /// The `pericarp-vmm` binary; statically linked, since it runs in an empty root.
+    pub vmm: PathBuf,
+    /// The guest kernel, an uncompressed ELF `vmlinux`.
+    pub kernel: PathBuf,
+    /// The guest's initial RAM disk.
+    pub initrd: PathBuf,
+    /// Appended to the machine's own kernel command line.
+    pub kernel_cmdline: String,
+    /// Where cgroup v2 is mounted.
+    pub cgroup_root: PathBuf,
+    /// Below `cgroup_root`: where pods go that name no cgroup of their own.
+    pub cgroup_parent: String,
+    /// Guest memory in MiB of a pod without a memory limit.
+    pub default_memory_mib: u32,
+    /// Virtual CPUs of a pod without a CPU limit.
+    pub default_vcpus: u8,
+    /// Added to a pod's memory limit, in MiB: guest kernel, agent and page tables.
+    pub guest_overhead_mib: u32,
+}
+
+impl Default for CoreConfig {
+    fn default() -> Self {
+        Self {
+            state_dir: "/run/pericarp".into(),
+            scratch_dir: "/var/lib/pericarp/scratch".into(),
+            scratch_bytes: 10 << 30,
+            vmm: "/usr/lib/pericarp/pericarp-vmm".into(),
+            kernel: "/usr/lib/pericarp/vmlinux".into(),
+            initrd: "/usr/lib/pericarp/initrd".into(),
+            kernel_cmdline: String::new(),
+            cgroup_root: "/sys/fs/cgroup".into(),
+            cgroup_parent: "/pericarp".into(),
+            default_memory_mib: 512,
+            default_vcpus: 1,
+            guest_overhead_mib: 64,
+        }
+    }
+}
+
+impl CoreConfig {
+    /// Directory of all pods' state.
+    pub fn pods_dir(&self) -> PathBuf {
+        self.state_dir.join("pods")
+    }
+
+    /// Where one pod keeps its state.
+    pub fn pod_dir(&self, id: &str) -> PodDir {
+        PodDir(self.pods_dir().join(id))
+    }
+
+    /// A pod's writable space.
+    pub fn scratch_file(&self, id: &str) -> PathBuf {
+        self.scratch_dir.join(format!("{id}.ext4"))
+    }
+}
+
+/// The directory of one pod's state, and the names in it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodDir(PathBuf);
+
+impl PodDir {
+    /// The directory itself.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// What may exist of the pod, and what is known of it.
+    pub fn record(&self) -> PathBuf {
+        self.0.join("record.json")
+    }
+
+    /// Host side of the guest's vsock.
+    pub fn vsock(&self) -> PathBuf {
+        self.0.join("vsock.sock")
+    }
+
+    /// The VMM's control socket.
+    pub fn control(&self) -> PathBuf {
+        self.0.join("control.sock")
+    }
+
+    /// The VMM's events, one JSON object a line.
+    pub fn events(&self) -> PathBuf {
+        self.0.join("events")
+    }
+
+    /// What the VMM wrote to its standard error.
+    pub fn vmm_log(&self) -> PathBuf {
+        self.0.join("vmm.log")
+    }
+}
