@@ -8,7 +8,7 @@ use std::io;
 use std::sync::Arc;
 
 use thiserror::Error;
-use virtio_queue::{Queue, QueueT};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
@@ -55,6 +55,20 @@ pub struct ActiveQueue {
 }
 
 impl ActiveQueue {
+    /// Takes the next chain that the driver made available; an available index out of range is an error, while
+    /// [`QueueT::pop_descriptor_chain`] would call the queue empty for ever.
+    pub fn pop<'m>(
+        &mut self,
+        memory: &'m GuestMemoryMmap,
+    ) -> Result<Option<DescriptorChain<&'m GuestMemoryMmap>>, DeviceError> {
+        Ok(self.queue.iter(memory)?.next())
+    }
+
+    /// Gives a chain back to the driver, `written` bytes of it filled (virtio 1.2 §2.7.8).
+    pub fn complete(&mut self, memory: &GuestMemoryMmap, head: u16, written: usize) -> Result<(), DeviceError> {
+        Ok(self.queue.add_used(memory, head, u32::try_from(written).unwrap_or(u32::MAX))?)
+    }
+
     /// Interrupts the driver if it asks for that (virtio 1.2 §2.7.7); call once after a batch of used buffers.
     pub fn signal_used(&mut self, memory: &GuestMemoryMmap) -> Result<(), DeviceError> {
         if self.queue.needs_notification(memory)?

@@ -1,4 +1,10 @@
 //! Virtio 1.2 devices: what each one is, and the thread that serves it.
 
+pub mod blk;
+pub mod buffers;
+pub mod counters;
 pub mod device;
+pub mod inbox;
 pub mod poller;
+#[cfg(test)]
+mod testing;

@@ -1,0 +1,264 @@
+//! The pod disk's address space: which host file is behind which sectors, and moving data between them.
+//!
+//! It owns the files. It never writes to one that was added read-only, and never reads past an extent.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileTypeExt;
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
+use thiserror::Error;
+use vmm_control::{Extent, POD_DISK_BYTES, SECTOR_BYTES};
+
+use super::request::{ID_BYTES, Ranges, Request, RequestError, Span};
+use crate::virtio::buffers::Buffers;
+
+/// Most extents of one disk: each is an open file.
+const EXTENTS: usize = 1024;
+
+/// Sectors in a page; extents start and end on one.
+const PAGE_SECTORS: u64 = 8;
+
+/// The answer to GET_ID, padded with zeros.
+const ID: [u8; ID_BYTES] = *b"pericarp-pod-disk\0\0\0";
+
+/// Why an extent was not added or removed.
+#[derive(Debug, Error)]
+pub enum DiskError {
+    /// An extent of no sectors.
+    #[error("the extent is empty; give it at least 8 sectors")]
+    Empty,
+    /// Start or length is not a whole number of pages.
+    #[error("the extent's first sector and length must be multiples of 8")]
+    Misaligned,
+    /// It reaches past the end of the disk.
+    #[error("the extent ends past the disk's {} sectors", POD_DISK_BYTES / SECTOR_BYTES)]
+    PastEnd,
+    /// Some sector of it is taken.
+    #[error("the extent overlaps the one at sector {0}; remove that first or choose other sectors")]
+    Overlap(u64),
+    /// The table is full.
+    #[error("the disk has {EXTENTS} extents already; remove one first")]
+    Full,
+    /// Removal of what is not there.
+    #[error("no extent begins at sector {0}")]
+    NotFound(u64),
+    /// Not a regular file or block device.
+    #[error("the extent's descriptor is neither a regular file nor a block device")]
+    NotAFile,
+    /// The descriptor does not allow what the extent does.
+    #[error("the extent's descriptor is not open for {0}")]
+    Access(&'static str),
+    /// The descriptor cannot be examined.
+    #[error("cannot examine the extent's descriptor")]
+    Io(#[from] io::Error),
+}
+
+/// A run of disk bytes backed by a file from its beginning.
+#[derive(Debug)]
+struct Mapping {
+    range: Range<u64>,
+    file: File,
+    read_only: bool,
+    /// Written to since the last flush.
+    dirty: bool,
+}
+
+/// The disk, its extents by first byte.
+#[derive(Debug, Default)]
+pub(super) struct Disk {
+    mappings: BTreeMap<u64, Mapping>,
+}
+
+impl Disk {
+    /// Maps a file into the disk.
+    pub(super) fn add(&mut self, extent: &Extent, file: File) -> Result<(), DiskError> {
+        let range = checked_range(extent)?;
+        if self.mappings.len() >= EXTENTS {
+            return Err(DiskError::Full);
+        }
+        // Extents never overlap, so only the last one that begins before the end of this one can.
+        if let Some((_, last)) = self.mappings.range(..range.end).next_back()
+            && last.range.end > range.start
+        {
+            return Err(DiskError::Overlap(last.range.start.saturating_div(SECTOR_BYTES)));
+        }
+        check_file(&file, extent.read_only)?;
+        self.mappings.insert(range.start, Mapping { range, file, read_only: extent.read_only, dirty: false });
+        Ok(())
+    }
+
+    /// Takes an extent out and closes its file.
+    pub(super) fn remove(&mut self, first_sector: u64) -> Result<(), DiskError> {
+        let start = first_sector.checked_mul(SECTOR_BYTES).ok_or(DiskError::NotFound(first_sector))?;
+        self.mappings.remove(&start).map(drop).ok_or(DiskError::NotFound(first_sector))
+    }
+
+    /// Carries out a request; returns how many bytes of `writable` it filled.
+    pub(super) fn submit(
+        &mut self,
+        request: &Request,
+        readable: &mut Buffers<'_>,
+        writable: &mut Buffers<'_>,
+    ) -> Result<usize, RequestError> {
+        match request {
+            Request::Read(span) => self.read(span, writable),
+            Request::Write(span) => self.write(span, readable).map(|()| 0),
+            Request::Flush => self.flush().map(|()| 0),
+            Request::Discard(ranges) | Request::WriteZeroes(ranges) => self.punch(ranges).map(|()| 0),
+            Request::GetId => {
+                writable.write_at(0, &ID);
+                Ok(ID_BYTES)
+            }
+        }
+    }
+
+    fn read(&self, span: &Span, writable: &mut Buffers<'_>) -> Result<usize, RequestError> {
+        let mut at = span.start;
+        let mut data = span.data.clone();
+        while !data.is_empty() {
+            let mapping = self.at(at)?;
+            let piece = mapping.piece(at, &data);
+            match writable.pread(piece.clone(), &mapping.file, at.saturating_sub(mapping.range.start))? {
+                // The file ends here: the rest of its extent reads as zeros.
+                0 => {
+                    writable.zero(piece.clone());
+                    advance(&mut at, &mut data, piece.len());
+                }
+                count => advance(&mut at, &mut data, count),
+            }
+        }
+        Ok(span.data.len())
+    }
+
+    fn write(&mut self, span: &Span, readable: &mut Buffers<'_>) -> Result<(), RequestError> {
+        // Nothing is written unless all of it may be.
+        let end = span.start.saturating_add(u64::try_from(span.data.len()).unwrap_or(u64::MAX));
+        self.check_writable(span.start..end)?;
+        let mut at = span.start;
+        let mut data = span.data.clone();
+        while !data.is_empty() {
+            let mapping = self.at_mut(at)?;
+            let piece = mapping.piece(at, &data);
+            mapping.dirty = true;
+            match readable.pwrite(piece, &mapping.file, at.saturating_sub(mapping.range.start))? {
+                0 => return Err(io::Error::from(io::ErrorKind::WriteZero).into()),
+                count => advance(&mut at, &mut data, count),
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes what was written durable, in every file even if one fails.
+    fn flush(&mut self) -> Result<(), RequestError> {
+        let mut outcome = Ok(());
+        for mapping in self.mappings.values_mut().filter(|mapping| mapping.dirty) {
+            match mapping.file.sync_data() {
+                Ok(()) => mapping.dirty = false,
+                Err(error) => outcome = Err(error.into()),
+            }
+        }
+        outcome
+    }
+
+    /// Makes holes in the files. Every sector of the disk may be a hole, so both kinds of request do the same.
+    fn punch(&mut self, ranges: &Ranges) -> Result<(), RequestError> {
+        for range in ranges.iter() {
+            self.check_writable(range.clone())?;
+        }
+        for range in ranges.iter() {
+            let mut at = range.start;
+            while at < range.end {
+                let mapping = self.at_mut(at)?;
+                let end = mapping.range.end.min(range.end);
+                mapping.dirty = true;
+                mapping.punch(at..end)?;
+                at = end;
+            }
+        }
+        Ok(())
+    }
+
+    fn check_writable(&self, range: Range<u64>) -> Result<(), RequestError> {
+        let mut at = range.start;
+        while at < range.end {
+            let mapping = self.at(at)?;
+            if mapping.read_only {
+                return Err(RequestError::ReadOnly);
+            }
+            at = mapping.range.end;
+        }
+        Ok(())
+    }
+
+    /// The extent that holds a byte.
+    fn at(&self, byte: u64) -> Result<&Mapping, RequestError> {
+        let (_, mapping) = self.mappings.range(..=byte).next_back().ok_or(RequestError::Unmapped)?;
+        if mapping.range.contains(&byte) { Ok(mapping) } else { Err(RequestError::Unmapped) }
+    }
+
+    fn at_mut(&mut self, byte: u64) -> Result<&mut Mapping, RequestError> {
+        let (_, mapping) = self.mappings.range_mut(..=byte).next_back().ok_or(RequestError::Unmapped)?;
+        if mapping.range.contains(&byte) { Ok(mapping) } else { Err(RequestError::Unmapped) }
+    }
+}
+
+impl Mapping {
+    /// As much of `data`, whose first byte belongs at `at`, as this extent holds.
+    fn piece(&self, at: u64, data: &Range<usize>) -> Range<usize> {
+        let room = usize::try_from(self.range.end.saturating_sub(at)).unwrap_or(usize::MAX);
+        data.start..data.end.min(data.start.saturating_add(room))
+    }
+
+    fn punch(&self, range: Range<u64>) -> io::Result<()> {
+        let position = signed(range.start.saturating_sub(self.range.start))?;
+        let len = signed(range.end.saturating_sub(range.start))?;
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        loop {
+            match fallocate(&self.file, flags, position, len) {
+                Err(Errno::EINTR) => {}
+                result => return Ok(result?),
+            }
+        }
+    }
+}
+
+fn signed(value: u64) -> io::Result<i64> {
+    i64::try_from(value).map_err(|_| io::ErrorKind::InvalidInput.into())
+}
+
+fn advance(at: &mut u64, data: &mut Range<usize>, count: usize) {
+    *at = at.saturating_add(u64::try_from(count).unwrap_or(u64::MAX));
+    data.start = data.start.saturating_add(count);
+}
+
+fn checked_range(extent: &Extent) -> Result<Range<u64>, DiskError> {
+    if extent.sectors == 0 {
+        return Err(DiskError::Empty);
+    }
+    if !extent.first_sector.is_multiple_of(PAGE_SECTORS) || !extent.sectors.is_multiple_of(PAGE_SECTORS) {
+        return Err(DiskError::Misaligned);
+    }
+    let start = extent.first_sector.checked_mul(SECTOR_BYTES).ok_or(DiskError::PastEnd)?;
+    let len = extent.sectors.checked_mul(SECTOR_BYTES).ok_or(DiskError::PastEnd)?;
+    let end = start.checked_add(len).ok_or(DiskError::PastEnd)?;
+    if end > POD_DISK_BYTES { Err(DiskError::PastEnd) } else { Ok(start..end) }
+}
+
+fn check_file(file: &File, read_only: bool) -> Result<(), DiskError> {
+    let kind = file.metadata()?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(DiskError::NotAFile);
+    }
+    let flags = OFlag::from_bits_truncate(fcntl(file, FcntlArg::F_GETFL).map_err(io::Error::from)?);
+    match flags & OFlag::O_ACCMODE {
+        OFlag::O_WRONLY => Err(DiskError::Access("reading")),
+        OFlag::O_RDONLY if !read_only => Err(DiskError::Access("writing")),
+        // pwritev(2) on such a file would append, wherever the guest means to write.
+        _ if flags.contains(OFlag::O_APPEND) && !read_only => Err(DiskError::Access("writing in place")),
+        _ => Ok(()),
+    }
+}
