@@ -1,4 +1,4 @@
-//! The pod disk's address space: which host file is behind which sectors, and moving data between them.
+//! A disk's address space: which host file is behind which sectors, and moving data between them.
 //!
 //! It owns the files. It never writes to one that was added read-only, and never reads past an extent.
 
@@ -11,7 +11,7 @@ use std::os::unix::fs::FileTypeExt;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
 use thiserror::Error;
-use vmm_control::{Extent, POD_DISK_BYTES, SECTOR_BYTES};
+use vmm_control::{Extent, SECTOR_BYTES};
 
 use super::request::{ID_BYTES, Ranges, Request, RequestError, Span};
 use crate::virtio::buffers::Buffers;
@@ -22,12 +22,17 @@ const EXTENTS: usize = 1024;
 /// Sectors in a page; extents start and end on one.
 const PAGE_SECTORS: u64 = 8;
 
+const PAGE_BYTES: u64 = PAGE_SECTORS * SECTOR_BYTES;
+
 /// The answer to GET_ID, padded with zeros.
-const ID: [u8; ID_BYTES] = *b"pericarp-pod-disk\0\0\0";
+const ID: [u8; ID_BYTES] = *b"pericarp-disk\0\0\0\0\0\0\0";
 
 /// Why an extent was not added or removed.
 #[derive(Debug, Error)]
 pub enum DiskError {
+    /// The size is not whole sectors.
+    #[error("a disk's capacity is a multiple of {SECTOR_BYTES} bytes, which {0} is not")]
+    Capacity(u64),
     /// An extent of no sectors.
     #[error("the extent is empty; give it at least 8 sectors")]
     Empty,
@@ -35,8 +40,8 @@ pub enum DiskError {
     #[error("the extent's first sector and length must be multiples of 8")]
     Misaligned,
     /// It reaches past the end of the disk.
-    #[error("the extent ends past the disk's {} sectors", POD_DISK_BYTES / SECTOR_BYTES)]
-    PastEnd,
+    #[error("the extent ends past the disk's {0} bytes")]
+    PastEnd(u64),
     /// Some sector of it is taken.
     #[error("the extent overlaps the one at sector {0}; remove that first or choose other sectors")]
     Overlap(u64),
@@ -67,16 +72,31 @@ struct Mapping {
     dirty: bool,
 }
 
-/// The disk, its extents by first byte.
-#[derive(Debug, Default)]
+/// A disk, its extents by first byte.
+#[derive(Debug)]
 pub(super) struct Disk {
+    capacity: u64,
     mappings: BTreeMap<u64, Mapping>,
 }
 
 impl Disk {
+    /// A disk of so many bytes with nothing on it.
+    pub(super) fn new(capacity: u64) -> Result<Self, DiskError> {
+        if capacity.is_multiple_of(SECTOR_BYTES) {
+            Ok(Self { capacity, mappings: BTreeMap::new() })
+        } else {
+            Err(DiskError::Capacity(capacity))
+        }
+    }
+
+    /// Size in bytes.
+    pub(super) fn capacity(&self) -> u64 {
+        self.capacity
+    }
+
     /// Maps a file into the disk.
     pub(super) fn add(&mut self, extent: &Extent, file: File) -> Result<(), DiskError> {
-        let range = checked_range(extent)?;
+        let range = checked_range(extent, self.capacity)?;
         if self.mappings.len() >= EXTENTS {
             return Err(DiskError::Full);
         }
@@ -235,17 +255,18 @@ fn advance(at: &mut u64, data: &mut Range<usize>, count: usize) {
     data.start = data.start.saturating_add(count);
 }
 
-fn checked_range(extent: &Extent) -> Result<Range<u64>, DiskError> {
+fn checked_range(extent: &Extent, capacity: u64) -> Result<Range<u64>, DiskError> {
     if extent.sectors == 0 {
         return Err(DiskError::Empty);
     }
     if !extent.first_sector.is_multiple_of(PAGE_SECTORS) || !extent.sectors.is_multiple_of(PAGE_SECTORS) {
         return Err(DiskError::Misaligned);
     }
-    let start = extent.first_sector.checked_mul(SECTOR_BYTES).ok_or(DiskError::PastEnd)?;
-    let len = extent.sectors.checked_mul(SECTOR_BYTES).ok_or(DiskError::PastEnd)?;
-    let end = start.checked_add(len).ok_or(DiskError::PastEnd)?;
-    if end > POD_DISK_BYTES { Err(DiskError::PastEnd) } else { Ok(start..end) }
+    let start = extent.first_sector.checked_mul(SECTOR_BYTES).ok_or(DiskError::PastEnd(capacity))?;
+    let len = extent.sectors.checked_mul(SECTOR_BYTES).ok_or(DiskError::PastEnd(capacity))?;
+    let end = start.checked_add(len).ok_or(DiskError::PastEnd(capacity))?;
+    // The last page may reach past the last sector.
+    if end > capacity.next_multiple_of(PAGE_BYTES) { Err(DiskError::PastEnd(capacity)) } else { Ok(start..end) }
 }
 
 fn check_file(file: &File, read_only: bool) -> Result<(), DiskError> {

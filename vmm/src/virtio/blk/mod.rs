@@ -1,8 +1,8 @@
-//! The pod disk: one virtio-blk device (virtio 1.2 §5.2) whose extents are host files.
+//! Disks: virtio-blk devices (virtio 1.2 §5.2) whose extents are host files.
 //!
 //! A request takes five steps: `run → pop → Request::parse → Disk::submit → complete`. A bad request is answered with
 //! a status byte; a corrupt ring ends the device. Extents come and go through the [`Handle`], with no interrupt to
-//! the guest: its capacity is fixed, and sectors that no file is mapped to fail.
+//! the guest: a disk's capacity is fixed, and sectors that no file is mapped to fail.
 
 #![cfg_attr(
     not(test),
@@ -32,7 +32,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 use virtio_queue::QueueT;
 use vm_memory::GuestMemoryMmap;
-use vmm_control::{Extent, POD_DISK_BYTES, SECTOR_BYTES};
+use vmm_control::{Extent, SECTOR_BYTES};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -125,19 +125,23 @@ pub struct Blk {
     counters: Arc<Counters>,
 }
 
-/// Makes the pod disk with its first extents.
-pub fn device(extents: Vec<(Extent, File)>) -> Result<(DeviceInfo, Blk, Handle), DiskError> {
-    let mut disk = Disk::default();
+/// Makes a disk with its first extents.
+pub fn device(
+    name: String,
+    capacity_bytes: u64,
+    extents: Vec<(Extent, File)>,
+) -> Result<(DeviceInfo, Blk, Handle), DiskError> {
+    let mut disk = Disk::new(capacity_bytes)?;
     for (extent, file) in extents {
         disk.add(&extent, file)?;
     }
     let (asker, inbox) = Inbox::new()?;
     let counters = Arc::<Counters>::default();
     let handle = Handle { asker, counters: Arc::clone(&counters) };
-    Ok((info(), Blk { disk, inbox, counters }, handle))
+    Ok((info(name, capacity_bytes), Blk { disk, inbox, counters }, handle))
 }
 
-fn info() -> DeviceInfo {
+fn info(name: String, capacity: u64) -> DeviceInfo {
     let features = [
         VIRTIO_BLK_F_SEG_MAX,
         VIRTIO_BLK_F_FLUSH,
@@ -146,21 +150,21 @@ fn info() -> DeviceInfo {
         VIRTIO_RING_F_INDIRECT_DESC,
     ];
     DeviceInfo {
-        name: "disk".into(),
+        name,
         id: u16::try_from(VIRTIO_ID_BLOCK).unwrap_or_default(),
         // Mass storage, "other".
         class: [0x01, 0x80, 0x00],
         features: features.iter().fold(0, |bits, bit| bits | 1 << bit),
         queue_sizes: vec![QUEUE_SIZE],
-        config: config(),
+        config: config(capacity),
     }
 }
 
 /// `struct virtio_blk_config` (virtio 1.2 §5.2.4).
-fn config() -> Vec<u8> {
+fn config(capacity: u64) -> Vec<u8> {
     let ranges = u32::try_from(RANGES).unwrap_or_default();
     let mut config = Vec::new();
-    config.extend((POD_DISK_BYTES / SECTOR_BYTES).to_le_bytes());
+    config.extend((capacity / SECTOR_BYTES).to_le_bytes());
     config.extend(0_u32.to_le_bytes()); // size_max, not offered
     config.extend(SEG_MAX.to_le_bytes());
     config.extend([0; 20]); // geometry, blk_size, topology, writeback, num_queues: not offered
@@ -250,7 +254,7 @@ impl Blk {
     /// Carries out the request in a chain and writes its status; returns how many bytes of the chain were written.
     fn execute(&mut self, readable: &mut Buffers<'_>, writable: &mut Buffers<'_>) -> Result<usize, DeviceError> {
         let status_at = status_offset(writable)?;
-        let outcome = Request::parse(readable, writable)
+        let outcome = Request::parse(readable, writable, self.disk.capacity())
             .and_then(|request| self.disk.submit(&request, readable, writable).inspect(|_| self.count(&request)));
         self.counters.requests.add(1);
         let (status, written) = match &outcome {

@@ -1,4 +1,4 @@
-//! What the guest asks of the pod disk: one descriptor chain, read and checked (virtio 1.2 §5.2.6).
+//! What the guest asks of a disk: one descriptor chain, read and checked (virtio 1.2 §5.2.6).
 //!
 //! Only translates. It never touches a file, and each guest field is read once.
 
@@ -11,7 +11,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use vm_memory::{Le32, Le64};
-use vmm_control::{POD_DISK_BYTES, SECTOR_BYTES};
+use vmm_control::SECTOR_BYTES;
 
 use crate::virtio::buffers::Buffers;
 use crate::virtio::device::DeviceError;
@@ -127,17 +127,17 @@ pub(super) fn status_offset(writable: &Buffers<'_>) -> Result<usize, DeviceError
 
 impl Request {
     /// Reads and checks the request in a chain.
-    pub(super) fn parse(readable: &Buffers<'_>, writable: &Buffers<'_>) -> Result<Self, RequestError> {
+    pub(super) fn parse(readable: &Buffers<'_>, writable: &Buffers<'_>, capacity: u64) -> Result<Self, RequestError> {
         let kind = u32::from(readable.read_object::<Le32>(0).ok_or(RequestError::BadLength)?);
         let sector = u64::from(readable.read_object::<Le64>(8).ok_or(RequestError::BadLength)?);
         let room = 0..writable.len().saturating_sub(1);
         match kind {
-            VIRTIO_BLK_T_IN => Ok(Self::Read(Span::new(sector, room)?)),
-            VIRTIO_BLK_T_OUT => Ok(Self::Write(Span::new(sector, HEADER_BYTES..readable.len())?)),
+            VIRTIO_BLK_T_IN => Ok(Self::Read(Span::new(sector, room, capacity)?)),
+            VIRTIO_BLK_T_OUT => Ok(Self::Write(Span::new(sector, HEADER_BYTES..readable.len(), capacity)?)),
             VIRTIO_BLK_T_FLUSH => Ok(Self::Flush),
             // Discarding may not be asked to unmap: that is what it is (virtio 1.2 §5.2.6.2).
-            VIRTIO_BLK_T_DISCARD => Ok(Self::Discard(parse_ranges(readable, 0)?)),
-            VIRTIO_BLK_T_WRITE_ZEROES => Ok(Self::WriteZeroes(parse_ranges(readable, FLAG_UNMAP)?)),
+            VIRTIO_BLK_T_DISCARD => Ok(Self::Discard(parse_ranges(readable, 0, capacity)?)),
+            VIRTIO_BLK_T_WRITE_ZEROES => Ok(Self::WriteZeroes(parse_ranges(readable, FLAG_UNMAP, capacity)?)),
             VIRTIO_BLK_T_GET_ID if room.len() < ID_BYTES => Err(RequestError::BadLength),
             VIRTIO_BLK_T_GET_ID => Ok(Self::GetId),
             other => Err(RequestError::Unsupported(other)),
@@ -146,16 +146,16 @@ impl Request {
 }
 
 impl Span {
-    fn new(sector: u64, data: Range<usize>) -> Result<Self, RequestError> {
+    fn new(sector: u64, data: Range<usize>, capacity: u64) -> Result<Self, RequestError> {
         let len = u64::try_from(data.len()).map_err(|_| RequestError::BadLength)?;
         if len == 0 || !len.is_multiple_of(SECTOR_BYTES) {
             return Err(RequestError::BadLength);
         }
-        Ok(Self { start: disk_range(sector, len)?.start, data })
+        Ok(Self { start: disk_range(sector, len, capacity)?.start, data })
     }
 }
 
-fn parse_ranges(readable: &Buffers<'_>, allowed: u32) -> Result<Ranges, RequestError> {
+fn parse_ranges(readable: &Buffers<'_>, allowed: u32, capacity: u64) -> Result<Ranges, RequestError> {
     let mut offset = HEADER_BYTES;
     let mut ranges = Ranges::default();
     while offset < readable.len() {
@@ -170,22 +170,23 @@ fn parse_ranges(readable: &Buffers<'_>, allowed: u32) -> Result<Ranges, RequestE
         }
         let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
         let sectors = u64::from(u32::from_le_bytes([n0, n1, n2, n3]));
-        ranges.push(disk_range(sector, sectors.saturating_mul(SECTOR_BYTES))?);
+        ranges.push(disk_range(sector, sectors.saturating_mul(SECTOR_BYTES), capacity)?);
         offset = offset.saturating_add(RANGE_BYTES);
     }
     if ranges.count == 0 { Err(RequestError::BadLength) } else { Ok(ranges) }
 }
 
 /// The bytes from `sector` on, if they lie on the disk.
-fn disk_range(sector: u64, len: u64) -> Result<Range<u64>, RequestError> {
+fn disk_range(sector: u64, len: u64, capacity: u64) -> Result<Range<u64>, RequestError> {
     let start = sector.checked_mul(SECTOR_BYTES).ok_or(RequestError::Unmapped)?;
     let end = start.checked_add(len).ok_or(RequestError::Unmapped)?;
-    if end > POD_DISK_BYTES { Err(RequestError::Unmapped) } else { Ok(start..end) }
+    if end > capacity { Err(RequestError::Unmapped) } else { Ok(start..end) }
 }
 
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use vmm_control::POD_DISK_BYTES;
 
     use super::*;
     use crate::virtio::buffers::gather;
@@ -209,7 +210,7 @@ mod tests {
         let (mut readable, mut writable) = (Buffers::new(&guest.memory), Buffers::new(&guest.memory));
         gather(active.pop(&guest.memory).unwrap().unwrap(), &mut readable, &mut writable).unwrap();
         assert_eq!(status_offset(&writable).unwrap(), usize::try_from(room).unwrap());
-        Request::parse(&readable, &writable)
+        Request::parse(&readable, &writable, POD_DISK_BYTES)
     }
 
     fn header(kind: u32, sector: u64) -> Vec<u8> {

@@ -10,6 +10,8 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_WRITE_ZEROES,
 };
 
+use vmm_control::POD_DISK_BYTES;
+
 use super::*;
 use crate::virtio::testing::{DriverQueue, Guest, Idling, Part, Running, SEAM};
 
@@ -42,6 +44,10 @@ fn content(file: &File, start: u64, len: usize) -> Vec<u8> {
     bytes
 }
 
+fn pod_disk(extents: Vec<(Extent, File)>) -> Result<(DeviceInfo, Blk, Handle), DiskError> {
+    device("disk0".into(), POD_DISK_BYTES, extents)
+}
+
 struct Rig {
     guest: Guest,
     driver: DriverQueue,
@@ -51,7 +57,7 @@ struct Rig {
 
 impl Rig {
     fn new(extents: Vec<(Extent, File)>) -> Self {
-        let (info, backend, handle) = device(extents).unwrap();
+        let (info, backend, handle) = pod_disk(extents).unwrap();
         let guest = Guest::new();
         let (driver, active) = guest.queue(info.queue_sizes[0]);
         let running = Running::start(backend, &guest, info.features, vec![active]);
@@ -207,7 +213,7 @@ fn the_disk_tells_its_name() {
     let mut rig = Rig::new(vec![]);
     let (status, len) = rig.request(VIRTIO_BLK_T_GET_ID, 0, &[Part::writable(DATA, 20)]);
     assert_eq!((status, len), (OK, 21));
-    assert_eq!(rig.guest.read(DATA, 20), b"pericarp-pod-disk\0\0\0");
+    assert_eq!(rig.guest.read(DATA, 20), b"pericarp-disk\0\0\0\0\0\0\0");
     rig.running.stop();
 }
 
@@ -316,7 +322,7 @@ fn extents_come_and_go_while_the_guest_runs() {
 
 #[test]
 fn extents_come_and_go_while_there_is_no_driver() {
-    let (_, backend, handle) = device(vec![]).unwrap();
+    let (_, backend, handle) = pod_disk(vec![]).unwrap();
     let idling = Idling::start(backend);
     handle.add(extent(0, 8, true), file(4096)).unwrap();
     let backend = idling.stop();
@@ -334,21 +340,21 @@ fn extents_come_and_go_while_there_is_no_driver() {
 
 #[test]
 fn bad_extents_are_refused_with_a_reason() {
-    let refusal = |extents: Vec<(Extent, File)>| device(extents).err().unwrap().to_string();
+    let refusal = |extents: Vec<(Extent, File)>| pod_disk(extents).err().unwrap().to_string();
     let page = || file(4096);
     assert!(refusal(vec![(extent(0, 0, true), page())]).contains("empty"));
     assert!(refusal(vec![(extent(1, 8, true), page())]).contains("multiples of 8"));
     assert!(refusal(vec![(extent(8, 12, true), page())]).contains("multiples of 8"));
     let last = POD_DISK_BYTES / SECTOR_BYTES - 8;
-    assert!(device(vec![(extent(last, 8, true), page())]).is_ok());
+    assert!(pod_disk(vec![(extent(last, 8, true), page())]).is_ok());
     for (first, sectors) in [(last, 16), (u64::MAX - 7, 8), (8, u64::MAX - 7), (1 << 60, 8)] {
-        assert!(refusal(vec![(extent(first, sectors, true), page())]).contains("past the disk"));
+        assert!(refusal(vec![(extent(first, sectors, true), page())]).contains("ends past"));
     }
     for (first, sectors) in [(16, 8), (8, 16), (24, 8), (8, 32), (20 & !7, 8)] {
         let both = vec![(extent(16, 16, true), page()), (extent(first, sectors, true), page())];
         assert!(refusal(both).contains("overlaps the one at sector 16"), "{first} {sectors}");
     }
-    assert!(device(vec![(extent(16, 16, true), page()), (extent(32, 8, true), page())]).is_ok());
+    assert!(pod_disk(vec![(extent(16, 16, true), page()), (extent(32, 8, true), page())]).is_ok());
     let path = tempfile::NamedTempFile::new().unwrap();
     let open = |options: &mut OpenOptions| options.open(path.path()).unwrap();
     let reader = open(OpenOptions::new().read(true));
@@ -362,8 +368,24 @@ fn bad_extents_are_refused_with_a_reason() {
 }
 
 #[test]
+fn a_small_disk_ends_where_it_says() {
+    let (info, backend, handle) = device("disk1".into(), 9 * 512, vec![(extent(0, 16, true), file(8192))]).unwrap();
+    assert_eq!(info.config[..8], 9_u64.to_le_bytes());
+    let guest = Guest::new();
+    let (driver, active) = guest.queue(8);
+    let running = Running::start(backend, &guest, 0, vec![active]);
+    let mut rig = Rig { guest, driver, running, handle };
+    assert_eq!(rig.read(8, 512).0, OK);
+    assert_eq!(rig.read(8, 1024).0, IOERR);
+    rig.running.stop();
+    assert!(matches!(device("disk1".into(), 100, vec![]), Err(DiskError::Capacity(100))));
+    let past = device("disk1".into(), 9 * 512, vec![(extent(0, 24, true), file(8192))]);
+    assert!(matches!(past, Err(DiskError::PastEnd(4608))));
+}
+
+#[test]
 fn the_configuration_is_laid_out_as_the_specification_says() {
-    let (info, _, _) = device(vec![]).unwrap();
+    let (info, _, _) = pod_disk(vec![]).unwrap();
     let config = info.config;
     assert_eq!(config.len(), 60);
     assert_eq!(config[..8], (POD_DISK_BYTES / 512).to_le_bytes());
