@@ -8,3 +8,4 @@ pub mod inbox;
 pub mod poller;
 #[cfg(test)]
 mod testing;
+pub mod vsock;

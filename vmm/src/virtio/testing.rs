@@ -90,6 +90,7 @@ impl Guest {
             indirect,
             free: (0..size).rev().collect(),
             chains: vec![Vec::new(); usize::from(size)],
+            addresses: vec![0; usize::from(size)],
             next_avail: 0,
             next_used: 0,
             kick: kick.try_clone().unwrap(),
@@ -128,6 +129,8 @@ pub(crate) struct DriverQueue {
     free: Vec<u16>,
     /// Descriptors of the chain that starts at each index.
     chains: Vec<Vec<u16>>,
+    /// Where the first buffer of the chain that starts at each index is.
+    addresses: Vec<u64>,
     next_avail: u16,
     next_used: u16,
     kick: EventFd,
@@ -165,8 +168,14 @@ impl DriverQueue {
         }
         let head = indexes[0];
         self.chains[usize::from(head)] = indexes;
+        self.addresses[usize::from(head)] = parts[0].address;
         self.publish(head);
         head
+    }
+
+    /// Where the first buffer of a chain, posted before, is.
+    pub(crate) fn first_address(&self, head: u16) -> u64 {
+        self.addresses[usize::from(head)]
     }
 
     /// Makes a chain available through one indirect table; only one such chain at a time.

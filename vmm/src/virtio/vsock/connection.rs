@@ -1,0 +1,439 @@
+//! One stream connection between a client on the host, or a sink, and the guest.
+//!
+//! ```text
+//!  client said CONNECT          guest dialled a sink
+//!          │                             │
+//!     Requested ──RESPONSE──▶ Open ◀─────┘
+//!          │                   │ we sent SHUTDOWN(both)       guest sent SHUTDOWN(both), we answer RST
+//!          │                   ├──────────────▶ Closing                    │
+//!          │ RST               │ RST               │ RST                   ▼
+//!          └────────▶ gone ◀───┴───────────────────┘◀──client took all── Draining
+//! ```
+//!
+//! It owns the client's socket and what that has not yet taken, at most [`super::credit::BUFFER_BYTES`]; it
+//! never waits.
+
+use std::collections::VecDeque;
+use std::io::{self, Write};
+use std::net::Shutdown;
+use std::ops::Range;
+use std::os::unix::net::UnixStream;
+use std::time::Instant;
+
+use vmm_sys_util::epoll::EventSet;
+
+use super::credit::Credit;
+use super::packet::{HEADER_BYTES, Header, Op, Ports, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
+use crate::virtio::buffers::Buffers;
+
+/// Most payload in one packet for the guest: what Linux takes at most.
+const PACKET_BYTES: usize = 64 << 10;
+
+/// Bytes copied out of guest memory in one go when the client does not take them.
+const CHUNK: usize = 4096;
+
+/// What a connection is for on the host.
+#[derive(Debug)]
+pub(super) enum Endpoint {
+    Client(UnixStream),
+    /// The sink on the connection's host port.
+    Sink,
+}
+
+/// See the module's picture.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    Requested,
+    Open,
+    Closing,
+    Draining,
+}
+
+/// The connection has to be reset.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Abort;
+
+/// What a connection made of a chain of the receive queue.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Produced {
+    /// A packet of so many bytes, header included.
+    Packet(usize),
+    /// It has nothing to say after all.
+    Nothing,
+    /// The client broke off: the connection has to be reset.
+    Abort,
+}
+
+/// Packets that are due to the guest, each at most once, whatever happens how often.
+#[derive(Debug, Default)]
+struct Due {
+    request: bool,
+    response: bool,
+    credit_update: bool,
+    credit_request: bool,
+    shutdown: bool,
+}
+
+/// A connection. Its ports are the key it is kept under.
+#[derive(Debug)]
+pub(super) struct Connection {
+    pub(super) endpoint: Endpoint,
+    pub(super) phase: Phase,
+    /// When the guest must have answered a REQUEST or a SHUTDOWN.
+    pub(super) deadline: Option<Instant>,
+    /// It stands in the line of those that have something to say.
+    pub(super) queued: bool,
+    /// The readiness that its epoll is asked for includes writing.
+    pub(super) watches_output: bool,
+    credit: Credit,
+    due: Due,
+    /// From the guest, not yet taken by the client.
+    buffer: VecDeque<u8>,
+    /// What the guest may still do; it says SHUTDOWN to give up either.
+    guest_sends: bool,
+    guest_receives: bool,
+    /// What the client may still do.
+    client_sends: bool,
+    client_receives: bool,
+    /// The client's socket may have something to read, as far as its epoll has told.
+    readable: bool,
+    /// The client has closed one or both directions: reading on will find the end.
+    ending: bool,
+    /// Flags of the SHUTDOWNs that the guest has been sent.
+    told_shutdown: u32,
+    /// A CREDIT_REQUEST is sent once per drought.
+    credit_asked: bool,
+}
+
+impl Connection {
+    fn new(endpoint: Endpoint, phase: Phase, due: Due) -> Self {
+        Self {
+            endpoint,
+            phase,
+            deadline: None,
+            queued: false,
+            watches_output: false,
+            credit: Credit::default(),
+            due,
+            buffer: VecDeque::new(),
+            guest_sends: true,
+            guest_receives: true,
+            client_sends: true,
+            client_receives: true,
+            readable: false,
+            ending: false,
+            told_shutdown: 0,
+            credit_asked: false,
+        }
+    }
+
+    /// A client asks for a port of the guest.
+    pub(super) fn request(stream: UnixStream) -> Self {
+        Self::new(Endpoint::Client(stream), Phase::Requested, Due { request: true, ..Due::default() })
+    }
+
+    /// The guest dialled a sink.
+    pub(super) fn accept_sink(header: &Header) -> Self {
+        let mut connection = Self::new(Endpoint::Sink, Phase::Open, Due { response: true, ..Due::default() });
+        // A fresh connection has sent nothing, so any credit but zero bytes read is a lie, and only hurts the liar.
+        let _outcome = connection.credit.note(header);
+        connection
+    }
+
+    /// Whether the guest knows of it: not before the REQUEST is sent, nor after it said that it is through.
+    pub(super) fn known_to_guest(&self) -> bool {
+        !self.due.request && self.phase != Phase::Draining
+    }
+
+    /// Takes the guest's credit, which every packet carries.
+    pub(super) fn note_credit(&mut self, header: &Header) -> Result<(), Abort> {
+        self.credit.note(header).map_err(|_| Abort)?;
+        if self.credit.sendable() > 0 {
+            self.credit_asked = false;
+        }
+        Ok(())
+    }
+
+    /// The guest accepted: tells the client.
+    pub(super) fn accepted(&mut self, ports: Ports) {
+        self.phase = Phase::Open;
+        self.deadline = None;
+        if let Endpoint::Client(stream) = &mut self.endpoint {
+            // The socket's buffer is empty, so it takes the line whole, or the client is gone.
+            if stream.write_all(format!("OK {}\n", ports.host).as_bytes()).is_err() {
+                self.stop_receiving();
+            }
+        }
+    }
+
+    /// Takes data from the guest: as much as the client's socket does, the rest is kept.
+    pub(super) fn take(&mut self, data: &mut Buffers<'_>, range: Range<usize>) -> Result<(), Abort> {
+        self.count_received(range.len())?;
+        let mut rest = range;
+        if let Endpoint::Client(stream) = &self.endpoint
+            && self.client_receives
+            && self.buffer.is_empty()
+            && !rest.is_empty()
+        {
+            match data.send(rest.clone(), stream) {
+                Ok(count) => {
+                    self.credit.forward(count);
+                    rest.start = rest.start.saturating_add(count);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => self.stop_receiving(),
+            }
+        }
+        if self.client_receives {
+            self.keep(data, rest);
+        } else {
+            self.credit.forward(rest.len());
+        }
+        self.credit_due();
+        Ok(())
+    }
+
+    /// Counts data that a sink has taken.
+    pub(super) fn taken_by_sink(&mut self, len: usize) -> Result<(), Abort> {
+        self.count_received(len)?;
+        self.credit.forward(len);
+        self.credit_due();
+        Ok(())
+    }
+
+    fn count_received(&mut self, len: usize) -> Result<(), Abort> {
+        if !self.guest_sends {
+            return Err(Abort);
+        }
+        self.credit.receive(u32::try_from(len).map_err(|_| Abort)?).map_err(|_| Abort)
+    }
+
+    fn keep(&mut self, data: &Buffers<'_>, mut range: Range<usize>) {
+        let mut bytes = [0; CHUNK];
+        while !range.is_empty() {
+            let chunk = bytes.get_mut(..range.len().min(CHUNK)).unwrap_or_default();
+            data.read_at(range.start, chunk);
+            self.buffer.extend(&*chunk);
+            range.start = range.start.saturating_add(chunk.len());
+        }
+    }
+
+    /// Gives the client what was kept for it.
+    pub(super) fn flush(&mut self) {
+        while let Endpoint::Client(stream) = &mut self.endpoint
+            && !self.buffer.is_empty()
+        {
+            match stream.write(self.buffer.as_slices().0) {
+                Ok(count) => {
+                    self.buffer.drain(..count.min(self.buffer.len()));
+                    self.credit.forward(count);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => self.stop_receiving(),
+            }
+        }
+        if self.buffer.is_empty() {
+            // Gives its memory back too: most connections never need any.
+            self.buffer = VecDeque::new();
+            self.end_output();
+        }
+        self.credit_due();
+    }
+
+    /// Tells the client that nothing more comes, once it has everything.
+    fn end_output(&self) {
+        if let Endpoint::Client(stream) = &self.endpoint
+            && !self.guest_sends
+            && self.buffer.is_empty()
+        {
+            // A client that is gone needs not be told.
+            let _outcome = stream.shutdown(Shutdown::Write);
+        }
+    }
+
+    fn credit_due(&mut self) {
+        if self.phase != Phase::Draining && self.credit.update_due() {
+            self.due.credit_update = true;
+        }
+    }
+
+    /// The guest asks for our credit.
+    pub(super) fn credit_requested(&mut self) {
+        self.due.credit_update = true;
+    }
+
+    /// The client can take no more: what is kept for it goes, and the guest hears of it.
+    fn stop_receiving(&mut self) {
+        if self.client_receives {
+            self.client_receives = false;
+            self.credit.forward(self.buffer.len());
+            self.buffer = VecDeque::new();
+            self.due.shutdown = true;
+        }
+    }
+
+    /// The guest gives up sending, receiving or both; returns whether that ends the connection on its side.
+    pub(super) fn shut_down_by_guest(&mut self, flags: u32) -> bool {
+        if flags & SHUTDOWN_SEND != 0 {
+            self.guest_sends = false;
+            self.end_output();
+        }
+        if flags & SHUTDOWN_RECEIVE != 0 && self.guest_receives {
+            self.guest_receives = false;
+            if let Endpoint::Client(stream) = &self.endpoint {
+                // The client's next write fails, as it should.
+                let _outcome = stream.shutdown(Shutdown::Read);
+            }
+        }
+        !self.guest_sends && !self.guest_receives
+    }
+
+    /// The guest is through with it; the client may still have something to take.
+    pub(super) fn drain(&mut self) {
+        self.phase = Phase::Draining;
+        self.deadline = None;
+        self.due = Due::default();
+        self.guest_sends = false;
+        self.guest_receives = false;
+    }
+
+    /// The guest said that it sends no more, in good order.
+    pub(super) fn finished_sending(&self) -> bool {
+        !self.guest_sends
+    }
+
+    /// Takes what the client's epoll tells.
+    pub(super) fn ready(&mut self, events: EventSet) {
+        self.readable |= events.contains(EventSet::IN);
+        if events.intersects(EventSet::READ_HANG_UP | EventSet::HANG_UP | EventSet::ERROR) {
+            self.ending = true;
+            self.readable = true;
+        }
+        if events.intersects(EventSet::HANG_UP | EventSet::ERROR) {
+            // Closed both ways: it takes nothing more; what it sent before is still read.
+            self.stop_receiving();
+        }
+        if events.contains(EventSet::OUT) {
+            self.flush();
+        }
+    }
+
+    /// Whether the client's epoll has to tell when it takes data again.
+    pub(super) fn wants_output(&self) -> bool {
+        !self.buffer.is_empty()
+    }
+
+    fn wants_data(&self) -> bool {
+        self.phase == Phase::Open && self.guest_receives && self.client_sends && self.readable
+    }
+
+    /// Whether there may be a packet for the guest.
+    pub(super) fn has_packet(&self) -> bool {
+        let due = &self.due;
+        let control = due.request || due.response || due.credit_update || due.credit_request;
+        match self.phase {
+            Phase::Requested => due.request,
+            Phase::Open => {
+                control || due.shutdown || (self.wants_data() && (self.credit.sendable() > 0 || !self.credit_asked))
+            }
+            Phase::Closing => control,
+            Phase::Draining => false,
+        }
+    }
+
+    /// Writes the next packet for the guest into a chain of the receive queue, which has room for a header.
+    pub(super) fn produce(&mut self, ports: Ports, chain: &mut Buffers<'_>) -> Produced {
+        if self.due.request {
+            self.due.request = false;
+            return self.packet(ports, Op::Request, chain);
+        }
+        if self.due.response {
+            self.due.response = false;
+            return self.packet(ports, Op::Response, chain);
+        }
+        if self.wants_data() {
+            if self.credit.sendable() > 0 {
+                match self.data(ports, chain) {
+                    Produced::Nothing => {}
+                    other => return other,
+                }
+            } else if !self.credit_asked {
+                self.credit_asked = true;
+                self.due.credit_request = true;
+            }
+        }
+        self.control(ports, chain)
+    }
+
+    fn control(&mut self, ports: Ports, chain: &mut Buffers<'_>) -> Produced {
+        if self.due.credit_request {
+            self.due.credit_request = false;
+            return self.packet(ports, Op::CreditRequest, chain);
+        }
+        if self.due.credit_update {
+            return self.packet(ports, Op::CreditUpdate, chain);
+        }
+        if self.due.shutdown && self.phase == Phase::Open {
+            self.due.shutdown = false;
+            // What the guest does not want, the client does not send any more either.
+            let sends = self.client_sends && self.guest_receives;
+            let flags = if sends { 0 } else { SHUTDOWN_SEND } | if self.client_receives { 0 } else { SHUTDOWN_RECEIVE };
+            if flags & !self.told_shutdown != 0 {
+                self.told_shutdown |= flags;
+                if self.told_shutdown == SHUTDOWN_BOTH {
+                    self.phase = Phase::Closing;
+                }
+                let mut header = Header::new(ports, Op::Shutdown);
+                header.flags = flags;
+                return self.write(header, chain);
+            }
+        }
+        Produced::Nothing
+    }
+
+    /// Reads from the client straight into the chain.
+    fn data(&mut self, ports: Ports, chain: &mut Buffers<'_>) -> Produced {
+        let Endpoint::Client(stream) = &self.endpoint else { return Produced::Nothing };
+        let credit = usize::try_from(self.credit.sendable()).unwrap_or(usize::MAX);
+        let want = chain.len().saturating_sub(HEADER_BYTES).min(credit).min(PACKET_BYTES);
+        match chain.receive(HEADER_BYTES..HEADER_BYTES.saturating_add(want), stream) {
+            Ok(0) => {
+                self.client_sends = false;
+                self.due.shutdown = true;
+                Produced::Nothing
+            }
+            Ok(count) => {
+                // A stream that gave less than asked for is empty, unless it ends there (epoll(7), question 9).
+                self.readable = count == want || self.ending;
+                let len = u32::try_from(count).unwrap_or(u32::MAX);
+                self.credit.send(len);
+                let mut header = Header::new(ports, Op::Data);
+                header.len = len;
+                self.write(header, chain)
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                self.readable = false;
+                Produced::Nothing
+            }
+            Err(_) => Produced::Abort,
+        }
+    }
+
+    fn packet(&mut self, ports: Ports, op: Op, chain: &mut Buffers<'_>) -> Produced {
+        self.write(Header::new(ports, op), chain)
+    }
+
+    fn write(&mut self, mut header: Header, chain: &mut Buffers<'_>) -> Produced {
+        // Every packet carries our credit, so none needs to follow for that alone.
+        self.credit.stamp(&mut header);
+        self.due.credit_update = false;
+        chain.write_at(0, &header.encode());
+        Produced::Packet(HEADER_BYTES.saturating_add(usize::try_from(header.len).unwrap_or(0)))
+    }
+
+    /// Whether both sides are through with it.
+    pub(super) fn is_over(&self) -> bool {
+        self.phase == Phase::Draining && self.buffer.is_empty()
+    }
+}
