@@ -2,6 +2,7 @@
 
 pub mod cli;
 pub mod error;
+pub mod image;
 pub mod network;
 pub mod pod;
 pub mod spec;

@@ -1,0 +1,238 @@
+//! Pulling an image: manifest, configuration, then all layers at once through spools into the converter, then the index.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use futures_util::future::{BoxFuture, FutureExt, Shared, WeakShared};
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+use tokio::sync::watch;
+use tokio::task::spawn_blocking;
+
+use super::convert::{self, Layer, convert};
+use super::digest::Digest;
+use super::manifest::{Configuration, MAX_CONFIG, Manifest, chain_id};
+use super::reference::Reference;
+use super::registry::{self, Auth, Found, Session, Sink};
+use super::spool::{SpoolWriter, spool};
+use super::store::{Error, Image, Store, is_full};
+use super::work::Work;
+
+/// Layers downloaded at once.
+const PARALLEL_LAYERS: usize = 3;
+/// How often an image is pulled anew because another process removed its disk at that moment.
+const MAX_TRIES: usize = 3;
+/// Bytes of a UUID.
+const UUID_LEN: usize = 16;
+
+/// How far a pull is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PullProgress {
+    /// Base first; empty until the manifest is there, and if nothing has to be downloaded.
+    pub layers: Vec<LayerProgress>,
+}
+
+/// How far one layer is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LayerProgress {
+    /// In the manifest.
+    pub digest: Digest,
+    /// Bytes downloaded.
+    pub done: u64,
+    /// Bytes to download.
+    pub total: u64,
+}
+
+/// The pulls under way in this process.
+#[derive(Default)]
+pub(crate) struct Pulls(Mutex<HashMap<Key, Pull>>);
+
+/// What makes two pulls the same.
+type Key = (Reference, Option<Auth>);
+type Outcome = BoxFuture<'static, Result<Image, Arc<Error>>>;
+
+struct Pull {
+    /// Lives as long as somebody waits for it.
+    future: WeakShared<Outcome>,
+    progress: watch::Receiver<PullProgress>,
+}
+
+impl Pulls {
+    /// Joins a pull under way, or begins one.
+    pub(crate) async fn pull(
+        &self,
+        store: Store,
+        reference: Reference,
+        auth: Option<Auth>,
+        progress: Option<watch::Sender<PullProgress>>,
+    ) -> Result<Image, Error> {
+        let (mut future, mut seen) = self.join(store, reference, auth);
+        let forward = async {
+            let Some(progress) = progress else { return };
+            while seen.changed().await.is_ok() {
+                progress.send_replace(seen.borrow_and_update().clone());
+            }
+        };
+        let result = tokio::select! {
+            biased;
+            () = forward => future.await,
+            result = &mut future => result,
+        };
+        result.map_err(|error| Arc::try_unwrap(error).unwrap_or_else(Error::Shared))
+    }
+
+    fn join(
+        &self,
+        store: Store,
+        reference: Reference,
+        auth: Option<Auth>,
+    ) -> (Shared<Outcome>, watch::Receiver<PullProgress>) {
+        let mut pulls = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let under_way = |pull: &Pull| pull.future.upgrade().filter(|future| future.peek().is_none());
+        pulls.retain(|_, pull| under_way(pull).is_some());
+        let key = (reference, auth);
+        if let Some((future, pull)) = pulls.get(&key).and_then(|pull| Some((under_way(pull)?, pull))) {
+            return (future, pull.progress.clone());
+        }
+        let (sender, progress) = watch::channel(PullProgress::default());
+        let (reference, auth) = key.clone();
+        let future =
+            async move { run(&store, &reference, auth.as_ref(), &sender).await.map_err(Arc::new) }.boxed().shared();
+        if let Some(weak) = future.downgrade() {
+            pulls.insert(key, Pull { future: weak, progress: progress.clone() });
+        }
+        (future, progress)
+    }
+}
+
+async fn run(
+    store: &Store,
+    reference: &Reference,
+    auth: Option<&Auth>,
+    progress: &watch::Sender<PullProgress>,
+) -> Result<Image, Error> {
+    let failed = |error| Error::Pull(reference.to_string(), error);
+    let Found { digest, manifest, session } = store.config().registries.find(reference, auth).await.map_err(failed)?;
+    let configuration = configuration(&session, reference, &manifest).await.map_err(failed)?;
+    let tags: Vec<_> = reference.repo_tag().into_iter().collect();
+    let digests = [reference.repo_digest(&digest)];
+    let chain = chain_id(&configuration.diff_ids);
+    for _ in 0..MAX_TRIES {
+        let work = if store.has_disk(&chain) {
+            None
+        } else {
+            let work = Work::begin(&store.work_dir(), &chain).await.map_err(|error| store.io(error))?;
+            // Another may have made it while this waited.
+            let job = Job { store, reference, session: &session, manifest: &manifest, progress };
+            if store.has_disk(&chain) { None } else { Some(job.make(work, &configuration.diff_ids, &chain).await?) }
+        };
+        let (store_, id, chain) = (store.clone(), manifest.config.digest.clone(), chain.clone());
+        let (config, tags, digests) = (configuration.config.clone(), tags.clone(), digests.clone());
+        let commit = move || {
+            let made = work.as_ref().map(Work::disk);
+            store_.commit(&id, &chain, config, (&tags, &digests), made.as_deref())
+        };
+        let image = spawn_blocking(commit).await.map_err(|_| Error::Ending)?;
+        if let Some(image) = image.map_err(|error| store.io(error))? {
+            return Ok(image);
+        }
+    }
+    Err(store.io(std::io::Error::other("another process removes the image again and again")))
+}
+
+async fn configuration(
+    session: &Session,
+    reference: &Reference,
+    manifest: &Manifest,
+) -> Result<Configuration, registry::Error> {
+    if manifest.config.size > MAX_CONFIG {
+        return Err(registry::Error::TooLarge("configuration".to_owned(), MAX_CONFIG));
+    }
+    let mut bytes = vec![];
+    session.blob("the configuration", &manifest.config, Sink::Memory(&mut bytes)).await?;
+    let parsed = Configuration::parse(&bytes, manifest.layers.len());
+    parsed.map_err(|error| registry::Error::Manifest(reference.to_string(), error))
+}
+
+/// All that the layers' way needs.
+struct Job<'a> {
+    store: &'a Store,
+    reference: &'a Reference,
+    session: &'a Session,
+    manifest: &'a Manifest,
+    progress: &'a watch::Sender<PullProgress>,
+}
+
+impl Job<'_> {
+    /// Makes the disk. Dropped half-way, it leaves nothing: the spools have no names, and the disk's goes with `work`.
+    async fn make(&self, work: Work, diff_ids: &[Digest], chain: &Digest) -> Result<Work, Error> {
+        let io = |error| self.store.io(error);
+        let (mut writers, mut layers, mut shown) = (vec![], vec![], vec![]);
+        for (number, (descriptor, diff_id)) in self.manifest.layers.iter().zip(diff_ids).enumerate() {
+            let (writer, reader) = work.nameless(number).and_then(spool).map_err(io)?;
+            writers.push(writer);
+            let (digest, diff_id) = (descriptor.digest.clone(), diff_id.clone());
+            shown.push(LayerProgress { digest: digest.clone(), done: 0, total: descriptor.size });
+            layers.push(Layer { digest, diff_id, blob: Box::new(reader) });
+        }
+        self.progress.send_replace(PullProgress { layers: shown });
+        let (file, uuid) = (work.create_disk().map_err(io)?, uuid(chain));
+        let limit = self.store.config().max_unpacked_mib.saturating_mul(1 << 20);
+        let mut conversion = spawn_blocking(move || convert(layers, file, uuid, limit));
+        let mut downloads = std::pin::pin!(self.download(writers));
+        let converted = tokio::select! {
+            biased;
+            done = &mut downloads => {
+                done?;
+                conversion.await
+            }
+            converted = &mut conversion => {
+                if let Ok(Err(convert::Error::Abandoned)) = converted {
+                    downloads.await?;
+                }
+                converted
+            }
+        };
+        match converted.map_err(|_| Error::Ending)? {
+            Ok(_) => Ok(work),
+            Err(error) if is_full(&error) => Err(Error::DiskFull(self.store.dir().to_owned(), error.into())),
+            Err(error) => Err(Error::Unpack(self.reference.to_string(), error)),
+        }
+    }
+
+    async fn download(&self, writers: Vec<SpoolWriter>) -> Result<(), Error> {
+        let layers = writers.into_iter().enumerate().map(|(number, writer)| self.layer(number, writer).boxed());
+        stream::iter(layers).buffer_unordered(PARALLEL_LAYERS).try_collect().await
+    }
+
+    async fn layer(&self, number: usize, mut writer: SpoolWriter) -> Result<(), Error> {
+        let Some(descriptor) = self.manifest.layers.get(number) else { return Ok(()) };
+        let show = |bytes: u64| {
+            self.progress.send_modify(|progress| {
+                if let Some(layer) = progress.layers.get_mut(number) {
+                    layer.done = layer.done.saturating_add(bytes);
+                }
+            });
+        };
+        match self.session.blob("layer", descriptor, Sink::Spool(&mut writer, &show)).await {
+            Ok(()) => {
+                writer.finish();
+                Ok(())
+            }
+            Err(registry::Error::Write(error)) => Err(self.store.io(error)),
+            Err(error) => Err(Error::Pull(self.reference.to_string(), error)),
+        }
+    }
+}
+
+/// The disk's identity, from what is in it (RFC 9562, version 8).
+fn uuid(chain: &Digest) -> [u8; UUID_LEN] {
+    let digest = Digest::of(format!("pericarp disk of {chain}").as_bytes());
+    let mut uuid = [0; UUID_LEN];
+    for (byte, pair) in uuid.iter_mut().zip(digest.hex().as_bytes().chunks(2)) {
+        *byte = std::str::from_utf8(pair).ok().and_then(|pair| u8::from_str_radix(pair, 16).ok()).unwrap_or_default();
+    }
+    let [_, _, _, _, _, _, version, _, variant, ..] = &mut uuid;
+    *version = (*version & 0x0f) | 0x80;
+    *variant = (*variant & 0x3f) | 0x80;
+    uuid
+}

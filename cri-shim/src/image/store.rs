@@ -1,0 +1,393 @@
+//! The images of a node, in one directory that several processes may use at once.
+//!
+//! ```text
+//! lock                 held while the rest changes
+//! index.json           images by id, with names and configuration
+//! disks/CHAIN-1.erofs  one per chain of layers; locked shared by whoever uses it
+//! work/CHAIN.*         a disk being made, locked by its maker
+//! ```
+//! A disk appears by a rename and an image by the rename of the index, both under the lock: what the index does not name is
+//! left over, and removed by the next [`Store::open`] or [`Store::remove`] unless somebody still uses it.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+
+use super::convert;
+use super::digest::Digest;
+use super::index::{Index, Record, Stamp, sync_dir};
+use super::manifest::ImageConfig;
+use super::pull::{PullProgress, Pulls};
+use super::reference::{BadReference, Reference};
+use super::registry::{self, Auth, RegistryConfig};
+use super::work;
+
+/// Of the disks' form: another one gets other names.
+const DISK_VERSION: u32 = 1;
+/// `st_blocks` counts these (stat(2)).
+const STAT_BLOCK: u64 = 512;
+/// Fewest digits of an id that are taken for one.
+const MIN_ID_DIGITS: usize = 6;
+
+/// What can go wrong with images.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Not a name.
+    #[error(transparent)]
+    Reference(#[from] BadReference),
+    /// The registry or the way to it.
+    #[error("cannot pull {0}")]
+    Pull(String, #[source] registry::Error),
+    /// The image's layers.
+    #[error("cannot unpack {0}")]
+    Unpack(String, #[source] convert::Error),
+    /// No room for it.
+    #[error(
+        "no space left in {0}: remove images that are not needed (crictl rmi --prune), or give the image store a larger disk"
+    )]
+    DiskFull(PathBuf, #[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The store's directory.
+    #[error("cannot use the image store {0}")]
+    Io(PathBuf, #[source] io::Error),
+    /// This program's own threads are ending.
+    #[error("the pull was cut off because the program is ending")]
+    Ending,
+    /// The same pull, asked for by somebody else at the same time, failed.
+    #[error(transparent)]
+    Shared(Arc<Error>),
+}
+
+/// How a store works.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct StoreConfig {
+    /// Most MiB that an image may have unpacked, holes of sparse files included.
+    pub max_unpacked_mib: u64,
+    /// How registries are reached.
+    pub registries: RegistryConfig,
+}
+
+impl Default for StoreConfig {
+    fn default() -> Self {
+        Self { max_unpacked_mib: 64 << 10, registries: RegistryConfig::default() }
+    }
+}
+
+/// An image that is there.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Image {
+    /// `sha256:…` of its configuration.
+    pub id: String,
+    /// Names with tags (CRI RepoTags).
+    pub tags: Vec<String>,
+    /// Names with digests (CRI RepoDigests).
+    pub digests: Vec<String>,
+    /// Bytes on the disk.
+    pub size: u64,
+    /// How to run it.
+    pub config: ImageConfig,
+    /// EROFS files, top to bottom; so far exactly one.
+    pub disks: Vec<PathBuf>,
+    /// Not to be removed to gain space.
+    pub pinned: bool,
+}
+
+/// Use of the file system that holds the images (CRI FilesystemUsage).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FsInfo {
+    /// The store's directory.
+    pub mountpoint: PathBuf,
+    /// Bytes of all images.
+    pub used_bytes: u64,
+    /// Files on the host.
+    pub used_inodes: u64,
+    /// When this was found, in ns since 1970.
+    pub timestamp: i64,
+}
+
+/// Keeps an image's disks while it lives. A copy of its files, in whatever process, keeps them too.
+#[derive(Debug)]
+pub struct Hold {
+    /// As [`Image::disks`], open for reading.
+    pub disks: Vec<File>,
+}
+
+/// See the module. A clone is the same store.
+#[derive(Clone)]
+pub struct Store(Arc<Shared>);
+
+struct Shared {
+    dir: PathBuf,
+    config: StoreConfig,
+    /// The index as last read, good while the file's stamp is the same.
+    cache: Mutex<Option<(Stamp, Arc<Index>)>>,
+    pulls: Pulls,
+}
+
+impl Store {
+    /// Opens or makes a store, and removes what crashes have left.
+    pub fn open(dir: &Path, config: StoreConfig) -> Result<Self, Error> {
+        let io = |error| Error::Io(dir.to_owned(), error);
+        for dir in [dir.to_owned(), dir.join("disks"), dir.join("work")] {
+            fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(io)?;
+        }
+        let store =
+            Self(Arc::new(Shared { dir: dir.to_owned(), config, cache: Mutex::default(), pulls: Pulls::default() }));
+        let _lock = store.lock().map_err(io)?;
+        Index::sweep(dir).and_then(|()| work::sweep(&store.work_dir())).map_err(io)?;
+        let index = Index::load(dir).map_err(io)?;
+        store.sweep_disks(&index).map_err(io)?;
+        Ok(store)
+    }
+
+    /// Brings an image, or finds that it is there. Pulls of the same image at the same time are one pull; it ends when the last
+    /// who waits for it does.
+    pub async fn pull(
+        &self,
+        reference: &str,
+        auth: Option<Auth>,
+        progress: Option<watch::Sender<PullProgress>>,
+    ) -> Result<Image, Error> {
+        let reference = Reference::parse(reference)?;
+        self.0.pulls.pull(self.clone(), reference, auth, progress).await
+    }
+
+    /// The image of a name, an id, or the beginning of one.
+    pub fn resolve(&self, name_or_id: &str) -> Option<Image> {
+        let index = self.index().ok()?;
+        let id = find(&index, name_or_id)?;
+        index.images.get(&id).map(|record| self.image(&id, record))
+    }
+
+    /// All images.
+    pub fn list(&self) -> Result<Vec<Image>, Error> {
+        let index = self.index().map_err(|error| self.io(error))?;
+        Ok(index.images.iter().map(|(id, record)| self.image(id, record)).collect())
+    }
+
+    /// Takes a tag off its image, and removes the image with its last tag; by id or digest, removes the image with all its names.
+    /// It is no error if there is none. Disks in use go when their use ends.
+    pub fn remove(&self, name_or_id: &str) -> Result<(), Error> {
+        self.change(|index| {
+            let Some(id) = find(index, name_or_id) else { return };
+            let tag = Reference::parse(name_or_id).ok().and_then(|reference| reference.repo_tag());
+            if let (Some(tag), Some(record)) = (tag, index.images.get_mut(&id))
+                && record.tags.contains(&tag)
+                && record.tags.len() > 1
+            {
+                record.tags.retain(|other| *other != tag);
+            } else {
+                index.images.remove(&id);
+            }
+        })
+    }
+
+    /// Marks an image as one to keep.
+    pub fn pin(&self, id: &str, pinned: bool) -> Result<(), Error> {
+        self.change(|index| {
+            if let Some(record) = find(index, id).and_then(|id| index.images.get_mut(&id)) {
+                record.pinned = pinned;
+            }
+        })
+    }
+
+    /// Keeps an image's disks, even if the image is removed.
+    pub fn hold(&self, id: &str) -> Result<Option<Hold>, Error> {
+        let _lock = self.lock().map_err(|error| self.io(error))?;
+        let Some(image) = self.resolve(id) else { return Ok(None) };
+        let open = |disk: &PathBuf| -> io::Result<File> {
+            let file = File::open(disk)?;
+            file.lock_shared()?;
+            Ok(file)
+        };
+        let disks = image.disks.iter().map(open).collect::<io::Result<_>>();
+        disks.map(|disks| Some(Hold { disks })).map_err(|error| self.io(error))
+    }
+
+    /// What the images take.
+    pub fn fs_info(&self) -> Result<FsInfo, Error> {
+        let (mut used_bytes, mut used_inodes) = (0_u64, 0_u64);
+        for dir in [self.0.dir.clone(), self.disks_dir(), self.work_dir()] {
+            for entry in fs::read_dir(dir).map_err(|error| self.io(error))?.filter_map(Result::ok) {
+                let Ok(file) = entry.metadata() else { continue };
+                used_bytes = used_bytes.saturating_add(file.blocks().saturating_mul(STAT_BLOCK));
+                used_inodes = used_inodes.saturating_add(1);
+            }
+        }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let timestamp = i64::try_from(now.as_nanos()).unwrap_or(i64::MAX);
+        Ok(FsInfo { mountpoint: self.0.dir.clone(), used_bytes, used_inodes, timestamp })
+    }
+
+    /// How it works.
+    pub(crate) fn config(&self) -> &StoreConfig {
+        &self.0.config
+    }
+
+    /// Where disks are made.
+    pub(crate) fn work_dir(&self) -> PathBuf {
+        self.0.dir.join("work")
+    }
+
+    /// Whether a chain's disk is there.
+    pub(crate) fn has_disk(&self, chain: &Digest) -> bool {
+        self.disk(chain).exists()
+    }
+
+    /// Makes an image visible. `made` is its disk if that was made for it; `None` comes back if it was not, and meanwhile is gone.
+    pub(crate) fn commit(
+        &self,
+        id: &Digest,
+        chain: &Digest,
+        config: ImageConfig,
+        names: (&[String], &[String]),
+        made: Option<&Path>,
+    ) -> io::Result<Option<Image>> {
+        let _lock = self.lock()?;
+        let disk = self.disk(chain);
+        if let Some(made) = made {
+            fs::rename(made, &disk)?;
+            sync_dir(&self.disks_dir())?;
+        }
+        let size = match fs::metadata(&disk) {
+            Ok(file) => file.blocks().saturating_mul(STAT_BLOCK),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let mut index = Index::load(&self.0.dir)?;
+        let record = Record { tags: vec![], digests: vec![], pinned: false, size, chain: chain.clone(), config };
+        index.images.entry(id.clone()).or_insert(record);
+        index.name(id, names.0, names.1);
+        index.save(&self.0.dir)?;
+        Ok(index.images.get(id).map(|record| self.image(id, record)))
+    }
+
+    /// An I/O error of the store, told as what it means.
+    pub(crate) fn io(&self, error: io::Error) -> Error {
+        if is_full(&error) {
+            Error::DiskFull(self.0.dir.clone(), error.into())
+        } else {
+            Error::Io(self.0.dir.clone(), error)
+        }
+    }
+
+    /// The directory of it all.
+    pub(crate) fn dir(&self) -> &Path {
+        &self.0.dir
+    }
+
+    fn disks_dir(&self) -> PathBuf {
+        self.0.dir.join("disks")
+    }
+
+    fn disk(&self, chain: &Digest) -> PathBuf {
+        self.disks_dir().join(format!("{}-{DISK_VERSION}.erofs", chain.hex()))
+    }
+
+    fn image(&self, id: &Digest, record: &Record) -> Image {
+        Image {
+            id: id.to_string(),
+            tags: record.tags.clone(),
+            digests: record.digests.clone(),
+            size: record.size,
+            config: record.config.clone(),
+            disks: vec![self.disk(&record.chain)],
+            pinned: record.pinned,
+        }
+    }
+
+    /// Held until it is dropped.
+    fn lock(&self) -> io::Result<File> {
+        let path = self.0.dir.join("lock");
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+        file.lock()?;
+        Ok(file)
+    }
+
+    fn index(&self) -> io::Result<Arc<Index>> {
+        let Some(stamp) = Index::stamp(&self.0.dir) else { return Ok(Arc::default()) };
+        let mut cache = self.0.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*cache {
+            Some((cached, index)) if *cached == stamp => Ok(Arc::clone(index)),
+            _ => {
+                let index = Arc::new(Index::load(&self.0.dir)?);
+                *cache = Some((stamp, Arc::clone(&index)));
+                Ok(index)
+            }
+        }
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Index)) -> Result<(), Error> {
+        let io = |error| self.io(error);
+        let _lock = self.lock().map_err(io)?;
+        let mut index = Index::load(&self.0.dir).map_err(io)?;
+        let before = index.clone();
+        change(&mut index);
+        if index != before {
+            index.save(&self.0.dir).map_err(io)?;
+        }
+        self.sweep_disks(&index).map_err(io)
+    }
+
+    /// Removes disks that no image needs and nobody uses. The store's lock must be held.
+    fn sweep_disks(&self, index: &Index) -> io::Result<()> {
+        let needed: BTreeSet<PathBuf> = index.images.values().map(|record| self.disk(&record.chain)).collect();
+        for entry in fs::read_dir(self.disks_dir())? {
+            let path = entry?.path();
+            if needed.contains(&path) {
+                continue;
+            }
+            match File::open(&path)?.try_lock() {
+                Ok(()) => fs::remove_file(&path)?,
+                Err(TryLockError::WouldBlock) => {}
+                Err(TryLockError::Error(error)) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether there was no room.
+pub(crate) fn is_full(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(error) = error.downcast_ref::<io::Error>()
+            && matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+        {
+            return true;
+        }
+        next = error.source();
+    }
+    false
+}
+
+/// The id of a name, an id, or the beginning of one that no other id shares.
+fn find(index: &Index, name_or_id: &str) -> Option<Digest> {
+    let hex = name_or_id.strip_prefix("sha256:").unwrap_or(name_or_id);
+    let is_id = hex.len() >= MIN_ID_DIGITS && hex.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let named = || {
+        let reference = Reference::parse(name_or_id).ok()?;
+        let tag = reference.repo_tag();
+        let digest = reference.digest().map(|digest| reference.repo_digest(&digest));
+        let has_name = |record: &Record| {
+            tag.iter().any(|tag| record.tags.contains(tag))
+                || digest.iter().any(|digest| record.digests.contains(digest))
+        };
+        index.images.iter().find(|(_, record)| has_name(record)).map(|(id, _)| id.clone())
+    };
+    let by_id = || {
+        let mut ids = index.images.keys().filter(|id| is_id && id.hex().starts_with(hex));
+        ids.next().filter(|_| ids.next().is_none()).cloned()
+    };
+    named().or_else(by_id)
+}
+
+#[cfg(test)]
+mod tests;
