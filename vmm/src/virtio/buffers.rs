@@ -46,15 +46,35 @@ pub struct Buffers<'m> {
 }
 
 impl<'m> Buffers<'m> {
-    /// No bytes yet.
+    /// No bytes yet, and memory set aside for any chain.
     pub fn new(memory: &'m GuestMemoryMmap) -> Self {
         Self { memory, parts: Vec::with_capacity(PARTS), len: 0, window: Vec::with_capacity(PARTS) }
+    }
+
+    /// No bytes yet; for what is mostly empty or seldom used.
+    pub fn empty(memory: &'m GuestMemoryMmap) -> Self {
+        Self { memory, parts: Vec::new(), len: 0, window: Vec::new() }
     }
 
     /// Forgets every piece.
     pub fn clear(&mut self) {
         self.parts.clear();
         self.len = 0;
+    }
+
+    /// Forgets the first pieces, which together have `bytes` bytes.
+    pub fn discard_front(&mut self, bytes: usize) {
+        let mut rest = bytes;
+        let whole = self.parts.iter().take_while(|part| match rest.checked_sub(part.iov_len) {
+            Some(left) => {
+                rest = left;
+                true
+            }
+            None => false,
+        });
+        let count = whole.count();
+        self.parts.drain(..count);
+        self.len = self.len.saturating_sub(bytes.saturating_sub(rest));
     }
 
     /// Count of bytes.
@@ -173,13 +193,14 @@ impl<'m> Buffers<'m> {
         })
     }
 
-    /// Fills `range` from the kernel's random generator, without blocking: getrandom(2).
+    /// Fills `range` from the kernel's random generator: getrandom(2).
     pub fn randomize(&mut self, range: Range<usize>) -> io::Result<()> {
         for part in self.pieces(range) {
-            // SAFETY: a piece is mapped, writable guest memory of that length (see `slices`).
-            let filled = unsafe { libc::getrandom(part.iov_base, part.iov_len, 0) };
-            if usize::try_from(filled).map_err(|_| io::Error::last_os_error())? < part.iov_len {
-                return Err(io::ErrorKind::Interrupted.into());
+            let mut filled = 0_usize;
+            while filled < part.iov_len {
+                let (base, len) = (part.iov_base.wrapping_byte_add(filled), part.iov_len.saturating_sub(filled));
+                // SAFETY: this is the rest of a piece, which is mapped, writable guest memory (see `slices`).
+                filled = filled.saturating_add(repeat_interrupted(|| unsafe { libc::getrandom(base, len, 0) })?);
             }
         }
         Ok(())
@@ -314,6 +335,19 @@ mod tests {
         assert_eq!(buffers.send(1..4, &ours).unwrap(), 3);
         drop(ours);
         assert_eq!(io::read_to_string(theirs).unwrap(), "ell");
+    }
+
+    #[test]
+    fn pieces_that_are_done_with_are_forgotten() {
+        let guest = Guest::new();
+        guest.write(0x10_0000, b"abcdef");
+        let parts = [Part::readable(0x10_0000, 1), Part::readable(0x10_0001, 2), Part::readable(0x10_0003, 3)];
+        let (mut buffers, _) = load(&guest, &parts).unwrap();
+        buffers.discard_front(3);
+        assert_eq!((buffers.len(), buffers.read_object::<u8>(0)), (3, Some(b'd')));
+        buffers.discard_front(0);
+        buffers.discard_front(3);
+        assert!(buffers.is_empty());
     }
 
     #[test]

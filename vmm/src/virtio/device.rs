@@ -6,10 +6,11 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use thiserror::Error;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -67,6 +68,44 @@ impl ActiveQueue {
     /// Gives a chain back to the driver, `written` bytes of it filled (virtio 1.2 §2.7.8).
     pub fn complete(&mut self, memory: &GuestMemoryMmap, head: u16, written: usize) -> Result<(), DeviceError> {
         Ok(self.queue.add_used(memory, head, u32::try_from(written).unwrap_or(u32::MAX))?)
+    }
+
+    /// Gives several chains back, each with its count of bytes written, so that the driver sees all of them or none.
+    /// Afterwards the queue's own count of news is off: signal with [`ActiveQueue::signal_used_since`].
+    pub fn complete_together(&mut self, memory: &GuestMemoryMmap, used: &[(u16, usize)]) -> Result<(), DeviceError> {
+        let Some(((last, last_written), first)) = used.split_last() else { return Ok(()) };
+        let mut next = self.queue.next_used();
+        for (head, written) in first {
+            // `struct virtq_used_elem` at its place in the used ring (virtio 1.2 §2.7.8), not published yet.
+            let slot = u64::from(next.checked_rem(self.queue.size()).unwrap_or(0));
+            let address = self.queue.used_ring().saturating_add(4).saturating_add(slot.saturating_mul(8));
+            let written = u64::from(u32::try_from(*written).unwrap_or(u32::MAX));
+            memory.write_obj(u64::from(*head) | written << 32, GuestAddress(address))?;
+            next = next.wrapping_add(1);
+        }
+        self.queue.set_next_used(next);
+        // Publishes its own element and, with the index, all before it.
+        self.complete(memory, *last, *last_written)
+    }
+
+    /// Interrupts the driver if it asks to hear of any chain given back since the used index was `old`.
+    pub fn signal_used_since(&mut self, memory: &GuestMemoryMmap, old: u16) -> Result<(), DeviceError> {
+        // The index is written before the driver's wish is read (virtio 1.2 §2.7.7.2).
+        fence(Ordering::SeqCst);
+        let new = self.queue.next_used();
+        let wanted = if self.queue.event_idx_enabled() {
+            // `used_event` follows the available ring's entries (virtio 1.2 §2.7.6).
+            let size = u64::from(self.queue.size());
+            let address = self.queue.avail_ring().saturating_add(4).saturating_add(size.saturating_mul(2));
+            let event: u16 = memory.load(GuestAddress(address), Ordering::Relaxed)?;
+            new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+        } else {
+            true
+        };
+        if wanted && let Some(interrupt) = &self.interrupt {
+            interrupt.write(1)?;
+        }
+        Ok(())
     }
 
     /// Interrupts the driver if it asks for that (virtio 1.2 §2.7.7); call once after a batch of used buffers.

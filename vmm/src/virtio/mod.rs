@@ -5,7 +5,9 @@ pub mod buffers;
 pub mod counters;
 pub mod device;
 pub mod inbox;
+pub mod net;
 pub mod poller;
+pub mod rng;
 #[cfg(test)]
 mod testing;
 pub mod vsock;

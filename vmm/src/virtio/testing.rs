@@ -285,6 +285,12 @@ impl<B: Backend + 'static> Running<B> {
         (backend, active)
     }
 
+    /// Stops the device, if it has not given up by then.
+    pub(crate) fn end(self) -> Result<(), DeviceError> {
+        self.stop.write(1).unwrap();
+        self.thread.join().unwrap().2
+    }
+
     /// Waits for the device to give up on its guest.
     pub(crate) fn fail(self) -> DeviceError {
         let (_, _, result) = self.thread.join().unwrap();

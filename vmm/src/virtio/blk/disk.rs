@@ -6,10 +6,10 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileTypeExt;
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
+use nix::sys::stat::{SFlag, fstat};
 use thiserror::Error;
 use vmm_control::{Extent, SECTOR_BYTES};
 
@@ -270,8 +270,8 @@ fn checked_range(extent: &Extent, capacity: u64) -> Result<Range<u64>, DiskError
 }
 
 fn check_file(file: &File, read_only: bool) -> Result<(), DiskError> {
-    let kind = file.metadata()?.file_type();
-    if !kind.is_file() && !kind.is_block_device() {
+    let kind = SFlag::from_bits_truncate(fstat(file).map_err(io::Error::from)?.st_mode) & SFlag::S_IFMT;
+    if kind != SFlag::S_IFREG && kind != SFlag::S_IFBLK {
         return Err(DiskError::NotAFile);
     }
     let flags = OFlag::from_bits_truncate(fcntl(file, FcntlArg::F_GETFL).map_err(io::Error::from)?);

@@ -7,9 +7,9 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Write};
 use std::ops::Range;
-use std::os::unix::fs::FileTypeExt;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::stat::{SFlag, fstat};
 use thiserror::Error;
 use vmm_control::READY_PORT;
 
@@ -88,13 +88,17 @@ impl Sinks {
 }
 
 fn check(file: &File) -> Result<(), SinkError> {
-    let kind = file.metadata()?.file_type();
-    if kind.is_fifo() || kind.is_socket() {
+    let kind = SFlag::from_bits_truncate(fstat(file).map_err(io::Error::from)?.st_mode) & SFlag::S_IFMT;
+    if kind == SFlag::S_IFIFO || kind == SFlag::S_IFSOCK {
         return Err(SinkError::NotAFile);
     }
     let flags = OFlag::from_bits_truncate(fcntl(file, FcntlArg::F_GETFL).map_err(io::Error::from)?);
     let writable = flags & OFlag::O_ACCMODE != OFlag::O_RDONLY;
-    if writable && (flags.contains(OFlag::O_APPEND) || !kind.is_file()) { Ok(()) } else { Err(SinkError::NotAppending) }
+    if writable && (flags.contains(OFlag::O_APPEND) || kind != SFlag::S_IFREG) {
+        Ok(())
+    } else {
+        Err(SinkError::NotAppending)
+    }
 }
 
 /// One file, and the one that follows it.

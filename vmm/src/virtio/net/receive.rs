@@ -1,0 +1,159 @@
+//! From the tap to the guest.
+//!
+//! A tap cuts off what does not fit, so a packet is read only when the guest has given room for the longest one. With
+//! merged buffers (VIRTIO_NET_F_MRG_RXBUF) that room is made of many chains; those that a packet leaves over serve
+//! the next one, and go back when the device stops.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+
+use virtio_queue::{QueueOwnedT, QueueT};
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{BATCH, Counters, HEADER_BYTES, PACKET_BYTES, payload};
+use crate::virtio::buffers::{Buffers, gather};
+use crate::virtio::device::{ActiveQueue, DeviceError};
+
+/// Where `num_buffers` is in the header (virtio 1.2 §5.1.6).
+const COUNT_OFFSET: usize = 10;
+
+pub(super) struct Receiver<'m> {
+    memory: &'m GuestMemoryMmap,
+    queue: &'m mut ActiveQueue,
+    /// The driver takes a packet in several chains.
+    merge: bool,
+    /// Room for packets: the bytes of every chain in `chains`, in order.
+    room: Buffers<'m>,
+    /// Chains taken from the queue and not used yet: head and length.
+    chains: VecDeque<(u16, usize)>,
+    /// Chains of the packet at hand: head and bytes written.
+    used: Vec<(u16, usize)>,
+    /// The tap may have a packet.
+    tap_ready: bool,
+    /// The tap is gone for good.
+    tap_gone: bool,
+    /// The driver has to add room first, and will say when it has.
+    starved: bool,
+}
+
+impl<'m> Receiver<'m> {
+    pub(super) fn new(memory: &'m GuestMemoryMmap, queue: &'m mut ActiveQueue, merge: bool) -> Self {
+        let entries = usize::from(queue.queue.size());
+        Self {
+            memory,
+            queue,
+            merge,
+            room: Buffers::new(memory),
+            chains: VecDeque::with_capacity(entries),
+            used: Vec::with_capacity(entries),
+            tap_ready: true,
+            tap_gone: false,
+            starved: false,
+        }
+    }
+
+    pub(super) fn kick(&self) -> &EventFd {
+        &self.queue.kick
+    }
+
+    /// The driver has added room.
+    pub(super) fn kicked(&mut self) {
+        let _count = self.queue.kick.read();
+        self.starved = false;
+    }
+
+    /// The tap's epoll tells of it.
+    pub(super) fn tap_is_ready(&mut self, events: EventSet) {
+        self.tap_ready = true;
+        // Its interface was deleted, and the pod's network with it; the guest sees a network that is silent.
+        self.tap_gone |= events.contains(EventSet::ERROR);
+    }
+
+    /// Whether there is a packet, as far as is known, and room for it.
+    pub(super) fn has_work(&self) -> bool {
+        self.tap_ready && !self.starved && !self.tap_gone
+    }
+
+    /// Receives a batch of packets.
+    pub(super) fn serve(&mut self, tap: &File, counters: &Counters) -> Result<(), DeviceError> {
+        let old = self.queue.queue.next_used();
+        let mut turns = 0..BATCH;
+        while self.has_work() && turns.next().is_some() {
+            if !self.make_room()? {
+                continue;
+            }
+            let limit = self.room_for_one();
+            match self.room.receive(0..limit, tap) {
+                Ok(len) if len < HEADER_BYTES => self.tap_gone = true,
+                Ok(len) => {
+                    self.deliver(len)?;
+                    counters.received_packets.add(1);
+                    counters.received_bytes.add(payload(len));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.tap_ready = false,
+                Err(_) => self.tap_gone = true,
+            }
+        }
+        if self.queue.queue.next_used() == old { Ok(()) } else { self.queue.signal_used_since(self.memory, old) }
+    }
+
+    /// Takes chains from the queue until the longest packet fits; `false` if the driver has to add some first.
+    fn make_room(&mut self) -> Result<bool, DeviceError> {
+        while !self.is_roomy() {
+            let Some(chain) = self.queue.pop(self.memory)? else {
+                self.starved = !self.queue.queue.enable_notification(self.memory)?;
+                return Ok(false);
+            };
+            let (head, before) = (chain.head_index(), self.room.len());
+            let mut readable = Buffers::empty(self.memory);
+            gather(chain, &mut readable, &mut self.room)?;
+            let len = self.room.len().saturating_sub(before);
+            if !readable.is_empty() || len < HEADER_BYTES {
+                return Err(DeviceError::Driver("a network receive buffer has no room for a header"));
+            }
+            self.chains.push_back((head, len));
+        }
+        Ok(true)
+    }
+
+    fn is_roomy(&self) -> bool {
+        if self.merge {
+            // A driver that gave all its chains cannot add any.
+            self.room.len() >= PACKET_BYTES || self.chains.len() >= usize::from(self.queue.queue.size())
+        } else {
+            !self.chains.is_empty()
+        }
+    }
+
+    fn room_for_one(&self) -> usize {
+        let limit = if self.merge { self.room.len() } else { self.chains.front().map_or(0, |(_, len)| *len) };
+        limit.min(PACKET_BYTES)
+    }
+
+    /// Hands the packet at the beginning of the room to the driver.
+    fn deliver(&mut self, len: usize) -> Result<(), DeviceError> {
+        self.used.clear();
+        let (mut rest, mut taken) = (len, 0_usize);
+        while rest > 0 {
+            let Some((head, room)) = self.chains.pop_front() else { break };
+            let part = rest.min(room);
+            self.used.push((head, part));
+            rest = rest.saturating_sub(part);
+            taken = taken.saturating_add(room);
+        }
+        let count = u16::try_from(self.used.len()).unwrap_or(u16::MAX);
+        self.room.write_at(COUNT_OFFSET, &count.to_le_bytes());
+        self.room.discard_front(taken);
+        self.queue.complete_together(self.memory, &self.used)
+    }
+
+    /// Puts back what was taken from the queue and not used, so that nothing is in flight.
+    pub(super) fn give_back(self) {
+        for _ in &self.chains {
+            self.queue.queue.go_to_previous_position();
+        }
+    }
+}
