@@ -1,0 +1,364 @@
+//! The one owner of all the agent's state, and the loop in which everything happens.
+//!
+//! One thread, no locks: each event is handled to its end before the next one is looked at. What takes long (a
+//! process that sets itself up, a container that dies) is a state here and an event later, so that no container can
+//! hold up the others. [`crate::server`] holds what the host asks, [`crate::session`] execs and attaches; this file
+//! holds how processes come, talk and go.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use agent_protocol::v1::{self, from_agent, from_session, reply};
+use nix::sys::epoll::EpollFlags;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::unistd::Pid;
+
+use crate::container::{Asker, Container};
+use crate::disk::Disk;
+use crate::fault::Fault;
+use crate::kmsg;
+use crate::log::Stream;
+use crate::poll::{Part, Poll, Token, Watched};
+use crate::server::Peer;
+use crate::session::Session;
+use crate::sys;
+use crate::task::{News, Owner, Phase, Task, exit_of};
+use crate::time;
+use crate::transport::{Transport, accept};
+
+/// Pieces of output moved for one process before others have their turn.
+const ROUNDS: usize = 16;
+
+/// Everything.
+pub(crate) struct Agent {
+    pub(crate) poll: Poll,
+    pub(crate) transport: Transport,
+    pub(crate) disk: Disk,
+    pub(crate) configured: bool,
+    pub(crate) control: BTreeMap<u32, Peer>,
+    pub(crate) sessions: BTreeMap<u32, Session>,
+    pub(crate) tasks: BTreeMap<u32, Task>,
+    pub(crate) containers: BTreeMap<String, Container>,
+    /// PID 1 of the process table that containers share, once one of them wants it.
+    pub(crate) pod_reaper: Option<(Pid, OwnedFd)>,
+    last_number: u32,
+    signals: Watched<SignalFd>,
+    control_listener: Watched<OwnedFd>,
+    session_listener: Watched<OwnedFd>,
+}
+
+impl Agent {
+    /// Listens for the host and for the end of children.
+    pub(crate) fn new(transport: Transport, disk: PathBuf) -> io::Result<Self> {
+        let poll = Poll::new()?;
+        let children = SigSet::from(Signal::SIGCHLD);
+        children.thread_block()?;
+        let signals = SignalFd::with_flags(&children, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+        let mut agent = Self {
+            signals: Watched::new(signals, Token::Signals),
+            control_listener: Watched::new(transport.listen(agent_protocol::CONTROL_PORT)?, Token::ControlListener),
+            session_listener: Watched::new(transport.listen(agent_protocol::SESSION_PORT)?, Token::SessionListener),
+            poll,
+            transport,
+            disk: Disk::new(disk),
+            configured: false,
+            control: BTreeMap::new(),
+            sessions: BTreeMap::new(),
+            tasks: BTreeMap::new(),
+            containers: BTreeMap::new(),
+            pod_reaper: None,
+            last_number: 0,
+        };
+        agent.signals.want(&agent.poll, EpollFlags::EPOLLIN)?;
+        agent.control_listener.want(&agent.poll, EpollFlags::EPOLLIN)?;
+        agent.session_listener.want(&agent.poll, EpollFlags::EPOLLIN)?;
+        Ok(agent)
+    }
+
+    /// A number that names something in [`Token`]s for good.
+    pub(crate) fn next_number(&mut self) -> u32 {
+        self.last_number = self.last_number.wrapping_add(1);
+        self.last_number
+    }
+
+    /// Serves until the machine goes down.
+    pub(crate) fn run(&mut self) -> io::Result<()> {
+        loop {
+            for (token, events) in self.poll.wait()? {
+                self.handle(token, events);
+            }
+        }
+    }
+
+    fn handle(&mut self, token: Token, events: EpollFlags) {
+        match token {
+            Token::Signals => self.reap(),
+            Token::ControlListener => self.accept_control(),
+            Token::SessionListener => self.accept_session(),
+            Token::Control(number) => self.control_event(number),
+            Token::Session(number) => self.session_event(number, events),
+            Token::Task(number, Part::Status) => self.hear(number),
+            Token::Task(number, _) => self.settle(number),
+        }
+    }
+
+    fn accept_control(&mut self) {
+        while let Some(stream) = accepted(self.control_listener.get()) {
+            let number = self.next_number();
+            match Peer::new(&self.poll, stream, number) {
+                Ok(peer) => drop(self.control.insert(number, peer)),
+                Err(error) => kmsg::say(&format!("cannot take a control connection: {error}")),
+            }
+        }
+    }
+
+    fn accept_session(&mut self) {
+        while let Some(stream) = accepted(self.session_listener.get()) {
+            let number = self.next_number();
+            match Session::new(&self.poll, stream, number) {
+                Ok(session) => drop(self.sessions.insert(number, session)),
+                Err(error) => kmsg::say(&format!("cannot take a session connection: {error}")),
+            }
+        }
+    }
+
+    /// Takes leave of every process that has ended: ours, and the guest's orphans, of which nothing is known.
+    fn reap(&mut self) {
+        while matches!(self.signals.get().read_signal(), Ok(Some(_))) {}
+        while let Some((pid, status)) = sys::reap() {
+            let found = self.tasks.iter().find(|(_, task)| task.pid == pid && task.exit().is_none());
+            if let Some((&number, _)) = found {
+                self.task_ended(number, exit_of(status));
+            } else if self.pod_reaper.as_ref().is_some_and(|(reaper, _)| *reaper == pid) {
+                kmsg::say("the pod's shared PID namespace has ended");
+                self.pod_reaper = None;
+            }
+        }
+    }
+
+    fn task_ended(&mut self, number: u32, mut exit: v1::Exit) {
+        // What it said before it ended comes first.
+        self.hear(number);
+        self.hear(number);
+        let Some(task) = self.tasks.get_mut(&number) else { return };
+        if let Owner::Container(id) = &task.owner
+            && let Some(container) = self.containers.get_mut(id)
+        {
+            exit.oom_killed = container.cgroup.oom_killed();
+            // With the first process its container ends, even if others share its PID namespace.
+            if container.cgroup.is_populated() {
+                drop(container.cgroup.kill());
+            }
+            if let Err(error) = container.emptied.want(&self.poll, EpollFlags::EPOLLPRI) {
+                kmsg::say(&format!("cannot watch the cgroup of {id}: {error}"));
+            }
+        } else {
+            exit.oom_killed = false;
+        }
+        task.phase = Phase::Ended(exit);
+        self.settle(number);
+    }
+
+    /// Listens to a process that is not its program yet.
+    fn hear(&mut self, number: u32) {
+        let Some(task) = self.tasks.get_mut(&number) else { return };
+        let Some(news) = task.news() else { return };
+        let owner = task.owner.clone();
+        match owner {
+            Owner::Container(id) => self.container_news(&id, news),
+            Owner::Session(session) => self.exec_news(number, session, news),
+        }
+        self.settle(number);
+    }
+
+    fn container_news(&mut self, id: &str, news: News) {
+        let Some(container) = self.containers.get_mut(id) else { return };
+        match news {
+            News::Ready => {
+                let asker = container.creating.take();
+                self.answer(asker, Ok(reply::Result::Done(v1::Done {})));
+            }
+            News::Running => {
+                container.started_at_ns = time::now_ns();
+                let asker = container.starting.take();
+                self.answer(asker, Ok(reply::Result::Done(v1::Done {})));
+            }
+            News::Failed { cannot_exec, text } => {
+                let fault = Fault::not_started(cannot_exec, text);
+                if let Some(asker) = container.creating.take() {
+                    // It never was a container: nothing of it stays.
+                    drop(container.cgroup.kill());
+                    container.removing = Some(asker);
+                    container.refusal = Some(fault);
+                } else {
+                    let asker = container.starting.take();
+                    self.answer(asker, Err(fault));
+                }
+            }
+        }
+    }
+
+    /// Whether everything that takes a process's output can take more.
+    fn has_room(&self, task: &Task) -> bool {
+        let session_has_room = |number: &u32| self.sessions.get(number).is_none_or(Session::has_room);
+        match &task.owner {
+            Owner::Session(session) => session_has_room(session),
+            Owner::Container(id) => self
+                .containers
+                .get(id)
+                .is_none_or(|container| container.log.has_room() && container.attached.iter().all(session_has_room)),
+        }
+    }
+
+    /// Brings one process's streams as far as they go now, and ends it if that was the end.
+    pub(crate) fn settle(&mut self, number: u32) {
+        self.end_if_empty(number);
+        let mut room = true;
+        for _ in 0..ROUNDS {
+            let Some(task) = self.tasks.get(&number) else { return };
+            room = task.talks() && self.has_room(task);
+            if !room {
+                break;
+            }
+            let Some(task) = self.tasks.get_mut(&number) else { return };
+            let Some((stream, bytes)) = task.stdio.read() else { break };
+            let owner = task.owner.clone();
+            self.deliver(&owner, stream, bytes);
+        }
+        let Some(task) = self.tasks.get_mut(&number) else { return };
+        task.stdio.write_input();
+        if let Err(error) = task.stdio.watch(&self.poll, room) {
+            kmsg::say(&format!("cannot watch the streams of process {}: {error}", task.pid));
+        }
+        let (owner, takes_input) = (task.owner.clone(), task.stdio.has_input_room());
+        if takes_input {
+            self.resume_sessions(number);
+        }
+        self.flush_owner(&owner);
+        self.finish_if_done(number, &owner);
+    }
+
+    /// Once nothing of an ended process's own is left that could write, only what is in its pipes is waited for.
+    fn end_if_empty(&mut self, number: u32) {
+        let Some(task) = self.tasks.get_mut(&number) else { return };
+        if task.exit().is_none() {
+            return;
+        }
+        let populated = match &task.owner {
+            Owner::Container(id) => self.containers.get(id).is_some_and(|container| container.cgroup.is_populated()),
+            Owner::Session(_) => false,
+        };
+        if !populated {
+            task.stdio.process_ended();
+        }
+    }
+
+    fn deliver(&mut self, owner: &Owner, stream: Stream, bytes: Vec<u8>) {
+        let message = |bytes| match stream {
+            Stream::Stdout => from_session::Message::Stdout(bytes),
+            Stream::Stderr => from_session::Message::Stderr(bytes),
+        };
+        match owner {
+            Owner::Session(session) => self.tell_session(*session, message(bytes)),
+            Owner::Container(id) => {
+                let Some(container) = self.containers.get_mut(id) else { return };
+                container.log.push(stream, &bytes);
+                for session in container.attached.clone() {
+                    self.tell_session(session, message(bytes.clone()));
+                }
+            }
+        }
+    }
+
+    fn flush_owner(&mut self, owner: &Owner) {
+        let mut sessions = Vec::new();
+        match owner {
+            Owner::Session(session) => sessions.push(*session),
+            Owner::Container(id) => {
+                let Some(container) = self.containers.get_mut(id) else { return };
+                container.log.flush(&self.poll);
+                sessions.extend(&container.attached);
+                if container.log.is_flushed() {
+                    for asker in std::mem::take(&mut container.reopening) {
+                        self.answer(Some(asker), Ok(reply::Result::Done(v1::Done {})));
+                    }
+                }
+            }
+        }
+        for session in sessions {
+            self.flush_session(session);
+        }
+    }
+
+    fn finish_if_done(&mut self, number: u32, owner: &Owner) {
+        let Some(task) = self.tasks.get(&number) else { return };
+        let Some(exit) = task.exit().filter(|_| task.stdio.is_drained()) else { return };
+        match owner {
+            Owner::Session(session) => {
+                let container = task.exec_in().and_then(|id| self.containers.get(id));
+                if let Some(container) = container {
+                    container.cgroup.sweep_execs();
+                }
+                self.tasks.remove(&number);
+                self.session_over(*session, exit);
+            }
+            Owner::Container(id) => {
+                let Some(container) = self.containers.get_mut(id) else { return };
+                container.log.end();
+                container.log.flush(&self.poll);
+                if container.cgroup.is_populated() || !container.log.is_flushed() {
+                    return;
+                }
+                self.tasks.remove(&number);
+                self.container_finished(&id.clone(), exit);
+            }
+        }
+    }
+
+    fn container_finished(&mut self, id: &str, exit: v1::Exit) {
+        let Some(container) = self.containers.get_mut(id) else { return };
+        let exited = v1::ContainerExited { id: id.to_owned(), exit: Some(exit), finished_at_ns: time::now_ns() };
+        container.exited = Some(exited.clone());
+        drop(container.emptied.want(&self.poll, EpollFlags::empty()));
+        let (attached, removing) = (std::mem::take(&mut container.attached), container.removing.take());
+        for session in attached {
+            self.session_over(session, exit);
+        }
+        if self.containers.get(id).is_some_and(|container| container.refusal.is_none()) {
+            self.broadcast(&from_agent::Message::ContainerExited(exited));
+        }
+        if let Some(asker) = removing {
+            let removed = self.forget(id);
+            self.answer(Some(asker), removed);
+        }
+    }
+
+    /// Gives back all that a dead container holds.
+    pub(crate) fn forget(&mut self, id: &str) -> Result<reply::Result, Fault> {
+        let mut container = self.containers.remove(id).ok_or_else(|| Fault::no_container(id))?;
+        container.holdings.release(&mut self.disk);
+        let removed = container.cgroup.remove();
+        match container.refusal.take() {
+            Some(refusal) => Err(refusal),
+            None => Ok(removed.map(|()| reply::Result::Done(v1::Done {}))?),
+        }
+    }
+
+    /// Answers a request that had to wait.
+    pub(crate) fn answer(&mut self, asker: Option<Asker>, result: Result<reply::Result, Fault>) {
+        let Some(asker) = asker else { return };
+        let result = result.unwrap_or_else(|fault| reply::Result::Error(fault.into()));
+        let reply = v1::Reply { id: asker.request, result: Some(result) };
+        self.tell_peer(asker.connection, &from_agent::Message::Reply(reply));
+    }
+}
+
+fn accepted(listener: &OwnedFd) -> Option<OwnedFd> {
+    accept(listener).unwrap_or_else(|error| {
+        kmsg::say(&format!("cannot accept a connection: {error}"));
+        None
+    })
+}

@@ -1,0 +1,206 @@
+//! The pod disk: runs of its sectors become partitions (there is no table on the disk), and those are mounted.
+//!
+//! An image that several containers use is mounted once. A partition that something still holds when its last user
+//! goes is taken away at a later occasion.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use agent_protocol::v1::DiskRange;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use thiserror::Error;
+
+use crate::mounts::{IMAGES, SCRATCH};
+use crate::sys;
+
+/// Bytes of a sector, as the protocol counts them.
+const SECTOR: u64 = 512;
+
+/// The kernel's limit of partitions on a disk.
+const MOST_PARTITIONS: i32 = 255;
+
+/// Why a run of sectors is not there to use.
+#[derive(Debug, Error)]
+pub(crate) enum DiskError {
+    /// Beyond what can be addressed.
+    #[error("sectors {0} and {1} after it are not on the disk")]
+    Range(u64, u64),
+    /// All numbers are in use.
+    #[error("the pod disk has no partition number left: at most {MOST_PARTITIONS} images can be in use at once")]
+    Full,
+    /// The kernel refused it.
+    #[error("cannot make sectors {first} and {sectors} after it of {} a partition", disk.display())]
+    Partition {
+        /// Which disk.
+        disk: PathBuf,
+        /// Start.
+        first: u64,
+        /// Length.
+        sectors: u64,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// Not the file system expected, or damaged.
+    #[error("cannot mount {} as {kind}: {source}", device.display())]
+    Mount {
+        /// The partition.
+        device: PathBuf,
+        /// erofs or ext4.
+        kind: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+#[derive(Debug)]
+struct Image {
+    partition: i32,
+    path: PathBuf,
+    users: u32,
+}
+
+/// The disk and what is mounted from it.
+#[derive(Debug)]
+pub(crate) struct Disk {
+    path: PathBuf,
+    images: BTreeMap<(u64, u64), Image>,
+    scratch: bool,
+    /// Unmounted, but still held by something a moment ago.
+    leaving: Vec<i32>,
+    used: BTreeSet<i32>,
+}
+
+impl Disk {
+    /// Opens nothing yet.
+    pub(crate) fn new(path: PathBuf) -> Self {
+        Self { path, images: BTreeMap::new(), scratch: false, leaving: Vec::new(), used: BTreeSet::new() }
+    }
+
+    /// Whether the pod has writable space on disk.
+    pub(crate) fn has_scratch(&self) -> bool {
+        self.scratch
+    }
+
+    /// Mounts the pod's writable space.
+    pub(crate) fn mount_scratch(&mut self, range: DiskRange) -> Result<(), DiskError> {
+        let partition = self.add(range)?;
+        if let Err(error) = self.mount(partition, Path::new(SCRATCH), "ext4", MsFlags::MS_NOATIME) {
+            self.delete(partition);
+            return Err(error);
+        }
+        self.scratch = true;
+        Ok(())
+    }
+
+    /// Where the image in `range` is mounted; each call wants one [`Self::release_image`].
+    pub(crate) fn acquire_image(&mut self, range: DiskRange) -> Result<PathBuf, DiskError> {
+        let key = (range.first_sector, range.sectors);
+        if let Some(image) = self.images.get_mut(&key) {
+            image.users = image.users.saturating_add(1);
+            return Ok(image.path.clone());
+        }
+        let partition = self.add(range)?;
+        let path = Path::new(IMAGES).join(partition.to_string());
+        let made = fs::create_dir_all(&path).map_err(|source| self.mount_error(partition, "erofs", source));
+        if let Err(error) = made.and_then(|()| self.mount(partition, &path, "erofs", MsFlags::MS_RDONLY)) {
+            self.delete(partition);
+            return Err(error);
+        }
+        self.images.insert(key, Image { partition, path: path.clone(), users: 1 });
+        Ok(path)
+    }
+
+    /// Gives back what [`Self::acquire_image`] gave.
+    pub(crate) fn release_image(&mut self, range: DiskRange) {
+        let key = (range.first_sector, range.sectors);
+        let Some(image) = self.images.get_mut(&key) else { return };
+        image.users = image.users.saturating_sub(1);
+        if image.users > 0 {
+            return;
+        }
+        let (partition, path) = (image.partition, image.path.clone());
+        self.images.remove(&key);
+        if let Err(error) = umount2(&path, MntFlags::MNT_DETACH) {
+            crate::kmsg::say(&format!("cannot unmount {}: {error}", path.display()));
+        }
+        // It comes back if the directory is needed again.
+        drop(fs::remove_dir(&path));
+        self.delete(partition);
+    }
+
+    fn device(&self, partition: i32) -> PathBuf {
+        let disk = self.path.to_string_lossy();
+        // The kernel's rule for names of partitions.
+        let infix = if disk.ends_with(|last: char| last.is_ascii_digit()) { "p" } else { "" };
+        PathBuf::from(format!("{disk}{infix}{partition}"))
+    }
+
+    fn add(&mut self, range: DiskRange) -> Result<i32, DiskError> {
+        for partition in std::mem::take(&mut self.leaving) {
+            self.delete(partition);
+        }
+        let (start, length) = bytes(range)?;
+        let number = (1..=MOST_PARTITIONS).find(|number| !self.used.contains(number)).ok_or(DiskError::Full)?;
+        File::open(&self.path).and_then(|disk| sys::add_partition(disk.as_fd(), number, start, length)).map_err(
+            |source| DiskError::Partition {
+                disk: self.path.clone(),
+                first: range.first_sector,
+                sectors: range.sectors,
+                source,
+            },
+        )?;
+        self.used.insert(number);
+        Ok(number)
+    }
+
+    fn delete(&mut self, partition: i32) {
+        match File::open(&self.path).and_then(|disk| sys::delete_partition(disk.as_fd(), partition)) {
+            Ok(()) => drop(self.used.remove(&partition)),
+            Err(_) => self.leaving.push(partition),
+        }
+    }
+
+    fn mount(&self, partition: i32, target: &Path, kind: &'static str, flags: MsFlags) -> Result<(), DiskError> {
+        let device = self.device(partition);
+        let flags = flags | MsFlags::MS_NODEV | MsFlags::MS_NOSUID;
+        mount(Some(&device), target, Some(kind), flags, None::<&str>)
+            .map_err(|error| self.mount_error(partition, kind, error.into()))
+    }
+
+    fn mount_error(&self, partition: i32, kind: &'static str, source: io::Error) -> DiskError {
+        DiskError::Mount { device: self.device(partition), kind, source }
+    }
+}
+
+/// Start and length in bytes, as the kernel's interface wants them.
+fn bytes(range: DiskRange) -> Result<(i64, i64), DiskError> {
+    let byte = |sectors: u64| sectors.checked_mul(SECTOR).and_then(|bytes| i64::try_from(bytes).ok());
+    let end = range.first_sector.checked_add(range.sectors).and_then(byte);
+    match (byte(range.first_sector), byte(range.sectors), end) {
+        (Some(start), Some(length), Some(_)) if length > 0 => Ok((start, length)),
+        _ => Err(DiskError::Range(range.first_sector, range.sectors)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn partitions_are_named_as_the_kernel_names_them() {
+        assert_eq!(Disk::new("/dev/vda".into()).device(3), Path::new("/dev/vda3"));
+        assert_eq!(Disk::new("/dev/loop7".into()).device(12), Path::new("/dev/loop7p12"));
+    }
+
+    #[test]
+    fn ranges_that_cannot_be_are_refused() {
+        let range = |first_sector, sectors| bytes(DiskRange { first_sector, sectors });
+        assert_eq!(range(2048, 8).ok(), Some((1 << 20, 4096)));
+        for (first, sectors) in [(0, 0), (u64::MAX, 1), (1 << 54, 1 << 54), (1, u64::MAX)] {
+            assert!(range(first, sectors).is_err(), "{first} {sectors}");
+        }
+    }
+}

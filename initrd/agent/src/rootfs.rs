@@ -1,0 +1,280 @@
+//! A container's file systems, put together by its own first process in its own mount namespace.
+//!
+//! Everything that comes from outside is picked up first; then the process pivots into the container's root, so that
+//! every later path, with whatever symbolic links the image has, is resolved inside it.
+
+use std::ffi::CString;
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, symlink};
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::stat::{Mode, SFlag, mknod, umask};
+use nix::unistd::{chdir, pivot_root};
+use thiserror::Error;
+
+use crate::devices::Node;
+use crate::mounts::{self, MountError, SHM, STAGE};
+use crate::sys;
+
+/// Why a container has no file systems.
+#[derive(Debug, Error)]
+pub(crate) enum RootError {
+    /// The overlay or the pivot.
+    #[error("cannot {0}: {1}")]
+    Step(&'static str, #[source] io::Error),
+    /// A place in the container.
+    #[error("cannot {0} {path} in the container: {2}", path = .1.display())]
+    Place(&'static str, PathBuf, #[source] io::Error),
+    /// See [`MountError`].
+    #[error("{0}: {source}", source = std::error::Error::source(.0).map(ToString::to_string).unwrap_or_default())]
+    Mount(#[from] MountError),
+}
+
+/// What a mount shows.
+#[derive(Clone, Debug)]
+pub(crate) enum Source {
+    /// Something of the agent's.
+    Path(PathBuf),
+    /// Fresh guest memory.
+    Tmpfs { size: u64, mode: u32 },
+}
+
+/// A mount beyond the standard ones.
+#[derive(Clone, Debug)]
+pub(crate) struct Mount {
+    pub(crate) destination: String,
+    pub(crate) source: Source,
+    pub(crate) read_only: bool,
+}
+
+/// Everything a container's mount namespace will hold.
+#[derive(Debug)]
+pub(crate) struct Root {
+    /// Top to bottom.
+    pub(crate) lowers: Vec<PathBuf>,
+    /// Holds `upper` and `work`.
+    pub(crate) writable: PathBuf,
+    pub(crate) read_only: bool,
+    pub(crate) mounts: Vec<Mount>,
+    pub(crate) nodes: Vec<Node>,
+    pub(crate) masked_paths: Vec<String>,
+    pub(crate) readonly_paths: Vec<String>,
+    /// Made if it is not there.
+    pub(crate) cwd: String,
+    /// /sys and /sys/fs/cgroup can be written.
+    pub(crate) privileged: bool,
+}
+
+const NONE: Option<&str> = None;
+const HARDENED: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC).union(MsFlags::MS_NODEV);
+
+fn step(what: &'static str) -> impl Fn(nix::Error) -> RootError {
+    move |error| RootError::Step(what, error.into())
+}
+
+fn place(what: &'static str, path: &str) -> impl Fn(io::Error) -> RootError {
+    let path = PathBuf::from(path);
+    move |error| RootError::Place(what, path.clone(), error)
+}
+
+impl Root {
+    /// Makes the calling process's mount namespace the container's.
+    pub(crate) fn enter(&self) -> Result<(), RootError> {
+        umask(Mode::empty());
+        self.mount_overlay()?;
+        let picked = self.pick_up()?;
+        let shm = clone_mount(Path::new(SHM)).map_err(place("take", SHM))?;
+        pivot()?;
+        self.mount_standard(&shm)?;
+        for (mount, source) in self.mounts.iter().zip(picked) {
+            mount.attach(source)?;
+        }
+        self.make_nodes()?;
+        make_directory(Path::new(&self.cwd)).map_err(place("make the working directory", &self.cwd))?;
+        self.readonly_paths.iter().try_for_each(|path| make_read_only(path))?;
+        self.masked_paths.iter().try_for_each(|path| mask(path))?;
+        if self.read_only {
+            let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
+            mount(NONE, "/", NONE, flags, NONE).map_err(step("make the root read-only"))?;
+        }
+        umask(Mode::from_bits_truncate(0o022));
+        Ok(())
+    }
+
+    fn mount_overlay(&self) -> Result<(), RootError> {
+        let lowers: Vec<_> = self.lowers.iter().map(|lower| lower.to_string_lossy()).collect();
+        let writable = self.writable.display();
+        let options = format!("lowerdir={},upperdir={writable}/upper,workdir={writable}/work", lowers.join(":"));
+        mount(Some("overlay"), STAGE, Some("overlay"), MsFlags::empty(), Some(options.as_str()))
+            .map_err(step("mount the container's root"))
+    }
+
+    /// Mounts from the agent's tree, while that can still be seen.
+    fn pick_up(&self) -> Result<Vec<Option<OwnedFd>>, RootError> {
+        let pick = |mount: &Mount| {
+            let Source::Path(path) = &mount.source else { return Ok(None) };
+            let taken = clone_mount(path).map_err(place("mount", &mount.destination))?;
+            if mount.read_only {
+                sys::mount_read_only(taken.as_fd()).map_err(place("make read-only", &mount.destination))?;
+            }
+            Ok(Some(taken))
+        };
+        self.mounts.iter().map(pick).collect()
+    }
+
+    /// What every container has (OCI runtime specification, config-linux, default file systems).
+    fn mount_standard(&self, shm: &OwnedFd) -> Result<(), RootError> {
+        let flags = if self.privileged { HARDENED } else { HARDENED | MsFlags::MS_RDONLY };
+        for directory in ["/proc", "/dev", "/sys"] {
+            make_directory(Path::new(directory)).map_err(place("make", directory))?;
+        }
+        mounts::mount_kind("proc", "/proc", HARDENED, "")?;
+        mounts::mount_kind("tmpfs", "/dev", MsFlags::MS_NOSUID | MsFlags::MS_STRICTATIME, "mode=0755,size=65536k")?;
+        for directory in ["/dev/pts", "/dev/shm", "/dev/mqueue"] {
+            make_directory(Path::new(directory)).map_err(place("make", directory))?;
+        }
+        let options = "newinstance,ptmxmode=0666,mode=0620,gid=5";
+        mounts::mount_kind("devpts", "/dev/pts", MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, options)?;
+        sys::attach_mount(shm.as_fd(), c"/dev/shm").map_err(place("mount", "/dev/shm"))?;
+        mounts::mount_kind("mqueue", "/dev/mqueue", HARDENED, "")?;
+        mounts::mount_kind("sysfs", "/sys", flags, "")?;
+        mounts::mount_kind("cgroup2", crate::cgroup::ROOT, flags, "")?;
+        let links = [
+            ("/proc/self/fd", "/dev/fd"),
+            ("/proc/self/fd/0", "/dev/stdin"),
+            ("/proc/self/fd/1", "/dev/stdout"),
+            ("/proc/self/fd/2", "/dev/stderr"),
+            ("pts/ptmx", "/dev/ptmx"),
+        ];
+        links.into_iter().try_for_each(|(target, link)| symlink(target, link).map_err(place("make", link)))
+    }
+
+    fn make_nodes(&self) -> Result<(), RootError> {
+        for node in &self.nodes {
+            let path = node.path.to_string_lossy();
+            if let Some(parent) = node.path.parent() {
+                make_directory(parent).map_err(place("make the directory of", &path))?;
+            }
+            let kind = SFlag::from_bits_truncate(node.mode & libc::S_IFMT);
+            match mknod(&node.path, kind, Mode::from_bits_truncate(node.mode), node.device) {
+                Ok(()) | Err(nix::Error::EEXIST) => {}
+                Err(error) => return Err(place("make the device", &path)(error.into())),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Mount {
+    fn attach(&self, source: Option<OwnedFd>) -> Result<(), RootError> {
+        let destination = Path::new(&self.destination);
+        let failed = place("mount", &self.destination);
+        let directory = match &source {
+            Some(source) => is_directory(source).map_err(&failed)?,
+            None => true,
+        };
+        if directory {
+            make_directory(destination).map_err(&failed)?;
+        } else {
+            make_file(destination).map_err(&failed)?;
+        }
+        match (&self.source, source) {
+            (_, Some(source)) => {
+                let path = CString::new(self.destination.as_str()).map_err(|error| failed(error.into()))?;
+                sys::attach_mount(source.as_fd(), &path).map_err(failed)
+            }
+            (Source::Tmpfs { size, mode }, None) => self.mount_tmpfs(*size, *mode),
+            (Source::Path(_), None) => Ok(()),
+        }
+    }
+
+    fn mount_tmpfs(&self, size: u64, mode: u32) -> Result<(), RootError> {
+        let mode = if mode == 0 { 0o1777 } else { mode & 0o7777 };
+        let size = if size > 0 { format!(",size={size}") } else { String::new() };
+        let mut flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+        flags.set(MsFlags::MS_RDONLY, self.read_only);
+        Ok(mounts::mount_kind("tmpfs", &self.destination, flags, &format!("mode={mode:o}{size}"))?)
+    }
+}
+
+fn raw(fd: &OwnedFd) -> i32 {
+    use std::os::fd::AsRawFd;
+    fd.as_raw_fd()
+}
+
+fn is_directory(fd: &OwnedFd) -> io::Result<bool> {
+    Ok(nix::sys::stat::fstat(fd)?.st_mode & libc::S_IFMT == libc::S_IFDIR)
+}
+
+fn clone_mount(path: &Path) -> io::Result<OwnedFd> {
+    sys::clone_mount(&CString::new(path.as_os_str().as_bytes())?)
+}
+
+/// The old root is stacked on the new one and then taken off, so that it needs no place of its own.
+fn pivot() -> Result<(), RootError> {
+    let failed = step("enter the container's root");
+    chdir(STAGE).map_err(&failed)?;
+    pivot_root(".", ".").map_err(&failed)?;
+    umount2(".", MntFlags::MNT_DETACH).map_err(&failed)?;
+    chdir("/").map_err(&failed)
+}
+
+/// With its parents.
+pub(crate) fn make_directory(path: &Path) -> io::Result<()> {
+    match DirBuilder::new().recursive(true).mode(0o755).create(path) {
+        // A link to nowhere, say.
+        Err(error) if !path.is_dir() => Err(error),
+        _ => Ok(()),
+    }
+}
+
+fn make_file(path: &Path) -> io::Result<()> {
+    if fs::symlink_metadata(path).is_ok() && fs::metadata(path).is_ok() {
+        return Ok(());
+    }
+    if let Some(parent) = path.parent() {
+        make_directory(parent)?;
+    }
+    OpenOptions::new().write(true).create(true).truncate(false).mode(0o644).open(path).map(drop)
+}
+
+fn missing(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR))
+}
+
+/// A path that is not there needs no protection.
+fn make_read_only(path: &str) -> Result<(), RootError> {
+    let failed = place("make read-only", path);
+    let copy = match clone_mount(Path::new(path)) {
+        Err(error) if missing(&error) => return Ok(()),
+        other => other.map_err(&failed)?,
+    };
+    sys::mount_read_only(copy.as_fd()).map_err(&failed)?;
+    let path = CString::new(path).map_err(|error| failed(error.into()))?;
+    sys::attach_mount(copy.as_fd(), &path).map_err(failed)
+}
+
+/// Hides a directory behind an empty one, anything else behind /dev/null.
+fn mask(path: &str) -> Result<(), RootError> {
+    let failed = place("mask", path);
+    match fs::metadata(path) {
+        Err(error) if missing(&error) => Ok(()),
+        Err(error) => Err(failed(error)),
+        Ok(metadata) if metadata.is_dir() => {
+            Ok(mounts::mount_kind("tmpfs", path, HARDENED | MsFlags::MS_RDONLY, "size=0,nr_inodes=1")?)
+        }
+        Ok(_) => mount(Some("/dev/null"), path, NONE, MsFlags::MS_BIND, NONE).map_err(|error| failed(error.into())),
+    }
+}
+
+/// Shows a terminal as /dev/console.
+pub(crate) fn bind_console(terminal: &OwnedFd) -> Result<(), RootError> {
+    let failed = place("mount", "/dev/console");
+    make_file(Path::new("/dev/console")).map_err(&failed)?;
+    let source = format!("/proc/self/fd/{}", raw(terminal));
+    mount(Some(source.as_str()), "/dev/console", NONE, MsFlags::MS_BIND, NONE).map_err(|error| failed(error.into()))
+}
