@@ -8,6 +8,6 @@ pub mod inbox;
 pub mod net;
 pub mod poller;
 pub mod rng;
-#[cfg(test)]
-mod testing;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod vsock;

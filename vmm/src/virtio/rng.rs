@@ -77,15 +77,15 @@ impl Backend for Rng {
         let mut poller = Poller::new()?;
         poller.add(stop, EventSet::IN, STOP)?;
         poller.add(&queue.kick, EventSet::IN, KICK)?;
-        let mut wait = Wait::Poll;
         loop {
+            // First of all, for requests may have come before this thread watched for them.
+            let wait = self.serve(queue, memory)?;
             for (token, _) in poller.wait(wait)? {
                 if token == STOP {
                     return Ok(());
                 }
                 let _count = queue.kick.read();
             }
-            wait = self.serve(queue, memory)?;
         }
     }
 }

@@ -1,4 +1,5 @@
-//! A guest made of nothing but memory and the driver's side of virtqueues, for the tests of devices.
+//! A guest made of nothing but memory and the driver's side of virtqueues, for tests and fuzz targets of devices.
+//! No part of a VMM: it is there with feature `testing` alone.
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -15,14 +16,14 @@ use super::device::{Active, ActiveQueue, Backend, DeviceError};
 use super::poller::{Poller, Wait};
 
 /// Where two regions of guest memory meet.
-pub(crate) const SEAM: u64 = 8 << 20;
+pub const SEAM: u64 = 8 << 20;
 
 /// Rings are laid out from here up to [`RINGS_END`]; tests use addresses outside of that.
 const RINGS: u64 = 0x1000;
 const RINGS_END: u64 = 0x10_0000;
 
 /// A test that waits longer than this has hung.
-pub(crate) const HANG: Duration = Duration::from_secs(20);
+pub const HANG: Duration = Duration::from_secs(20);
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -30,27 +31,38 @@ const INDIRECT: u16 = 4;
 const DESCRIPTOR_BYTES: u64 = 16;
 
 /// Memory of a guest: 16 MiB in two regions.
-pub(crate) struct Guest {
-    pub(crate) memory: Arc<GuestMemoryMmap>,
+pub struct Guest {
+    /// All of it.
+    pub memory: Arc<GuestMemoryMmap>,
     rings: std::cell::Cell<u64>,
 }
 
+impl Default for Guest {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Guest {
-    pub(crate) fn new() -> Self {
+    /// Zeros everywhere.
+    pub fn new() -> Self {
         let half = usize::try_from(SEAM).unwrap();
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), half), (GuestAddress(SEAM), half)]).unwrap();
         Self { memory: Arc::new(memory), rings: RINGS.into() }
     }
 
-    pub(crate) fn end(&self) -> u64 {
+    /// First address past its memory.
+    pub fn end(&self) -> u64 {
         2 * SEAM
     }
 
-    pub(crate) fn write(&self, address: u64, bytes: &[u8]) {
+    /// Writes to its memory.
+    pub fn write(&self, address: u64, bytes: &[u8]) {
         self.memory.write_slice(bytes, GuestAddress(address)).unwrap();
     }
 
-    pub(crate) fn read(&self, address: u64, len: usize) -> Vec<u8> {
+    /// Reads its memory.
+    pub fn read(&self, address: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
         self.memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
         bytes
@@ -65,7 +77,7 @@ impl Guest {
     }
 
     /// Both sides of a new virtqueue.
-    pub(crate) fn queue(&self, size: u16) -> (DriverQueue, ActiveQueue) {
+    pub fn queue(&self, size: u16) -> (DriverQueue, ActiveQueue) {
         let entries = u64::from(size);
         let table = self.allocate(DESCRIPTOR_BYTES * entries);
         let avail = self.allocate(6 + 2 * entries);
@@ -102,24 +114,29 @@ impl Guest {
 
 /// One buffer of a chain.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Part {
-    pub(crate) address: u64,
-    pub(crate) len: u32,
-    pub(crate) writable: bool,
+pub struct Part {
+    /// Where it is in guest memory.
+    pub address: u64,
+    /// How long it is, in bytes.
+    pub len: u32,
+    /// Whether the device writes it.
+    pub writable: bool,
 }
 
 impl Part {
-    pub(crate) fn readable(address: u64, len: u32) -> Self {
+    /// One that the device reads.
+    pub fn readable(address: u64, len: u32) -> Self {
         Self { address, len, writable: false }
     }
 
-    pub(crate) fn writable(address: u64, len: u32) -> Self {
+    /// One that the device writes.
+    pub fn writable(address: u64, len: u32) -> Self {
         Self { address, len, writable: true }
     }
 }
 
 /// The driver's side of a split virtqueue with event indexes (virtio 1.2 §2.7).
-pub(crate) struct DriverQueue {
+pub struct DriverQueue {
     memory: Arc<GuestMemoryMmap>,
     size: u16,
     table: u64,
@@ -155,12 +172,12 @@ impl DriverQueue {
     }
 
     /// Room for so many more descriptors.
-    pub(crate) fn room(&self) -> usize {
+    pub fn room(&self) -> usize {
         self.free.len()
     }
 
     /// Makes a chain available; returns its head.
-    pub(crate) fn post(&mut self, parts: &[Part]) -> u16 {
+    pub fn post(&mut self, parts: &[Part]) -> u16 {
         let indexes: Vec<u16> = parts.iter().map(|_| self.free.pop().expect("room in the queue")).collect();
         for (position, part) in parts.iter().enumerate() {
             let next = indexes.get(position + 1).copied();
@@ -174,12 +191,12 @@ impl DriverQueue {
     }
 
     /// Where the first buffer of a chain, posted before, is.
-    pub(crate) fn first_address(&self, head: u16) -> u64 {
+    pub fn first_address(&self, head: u16) -> u64 {
         self.addresses[usize::from(head)]
     }
 
     /// Makes a chain available through one indirect table; only one such chain at a time.
-    pub(crate) fn post_indirect(&mut self, parts: &[Part]) -> u16 {
+    pub fn post_indirect(&mut self, parts: &[Part]) -> u16 {
         for (index, part) in (0..).zip(parts) {
             let last = usize::from(index) + 1 == parts.len();
             self.store(self.indirect, index, *part, if last { 0 } else { NEXT }, if last { 0 } else { index + 1 });
@@ -193,30 +210,31 @@ impl DriverQueue {
     }
 
     /// Makes a chain available that never ends.
-    pub(crate) fn post_circle(&mut self) {
+    pub fn post_circle(&mut self) {
         self.store(self.table, 0, Part::readable(0, 1), NEXT, 1);
         self.store(self.table, 1, Part::readable(0, 1), NEXT, 0);
         self.publish(0);
     }
 
     /// Makes whatever this table holds available.
-    pub(crate) fn post_raw(&mut self, table: &[u8], head: u16) {
+    pub fn post_raw(&mut self, table: &[u8], head: u16) {
         self.memory.write_slice(table, GuestAddress(self.table)).unwrap();
         self.publish(head);
     }
 
     /// Moves the available index far out of range.
-    pub(crate) fn corrupt_index(&mut self) {
+    pub fn corrupt_index(&mut self) {
         let index = self.next_avail.wrapping_add(self.size).wrapping_add(1);
         self.memory.store(index, GuestAddress(self.avail + 2), Ordering::Release).unwrap();
     }
 
-    pub(crate) fn kick(&self) {
+    /// Notifies the device.
+    pub fn kick(&self) {
         self.kick.write(1).unwrap();
     }
 
     /// Takes one used chain if there is one: its head and how many bytes the device wrote.
-    pub(crate) fn take_used(&mut self) -> Option<(u16, u32)> {
+    pub fn take_used(&mut self) -> Option<(u16, u32)> {
         let index: u16 = self.memory.load(GuestAddress(self.used + 2), Ordering::Acquire).unwrap();
         if index == self.next_used {
             return None;
@@ -234,7 +252,7 @@ impl DriverQueue {
     }
 
     /// Takes one used chain, waiting for the interrupt; `None` if the device is silent for `patience`.
-    pub(crate) fn try_wait_used(&mut self, patience: Duration) -> Option<(u16, u32)> {
+    pub fn try_wait_used(&mut self, patience: Duration) -> Option<(u16, u32)> {
         loop {
             if let Some(used) = self.take_used() {
                 return Some(used);
@@ -247,26 +265,27 @@ impl DriverQueue {
     }
 
     /// Takes one used chain; the test fails if the device hangs.
-    pub(crate) fn wait_used(&mut self) -> (u16, u32) {
+    pub fn wait_used(&mut self) -> (u16, u32) {
         self.try_wait_used(HANG).expect("the device is silent")
     }
 }
 
 /// Waits until a descriptor is readable.
-pub(crate) fn readable(fd: &impl AsRawFd, patience: Duration) -> bool {
+pub fn readable(fd: &impl AsRawFd, patience: Duration) -> bool {
     let mut poller = Poller::new().unwrap();
     poller.add(fd, EventSet::IN, 0).unwrap();
     poller.wait(Wait::Millis(u16::try_from(patience.as_millis()).unwrap())).unwrap().count() > 0
 }
 
 /// A backend on a thread of its own, as the transport would run it.
-pub(crate) struct Running<B> {
+pub struct Running<B> {
     thread: JoinHandle<(B, Active, Result<(), DeviceError>)>,
     stop: EventFd,
 }
 
 impl<B: Backend + 'static> Running<B> {
-    pub(crate) fn start(mut backend: B, guest: &Guest, features: u64, queues: Vec<ActiveQueue>) -> Self {
+    /// Hands the queues to the backend.
+    pub fn start(mut backend: B, guest: &Guest, features: u64, queues: Vec<ActiveQueue>) -> Self {
         let stop = EventFd::new(EFD_NONBLOCK).unwrap();
         let mut active = Active { memory: Arc::clone(&guest.memory), features, queues };
         let theirs = stop.try_clone().unwrap();
@@ -278,7 +297,7 @@ impl<B: Backend + 'static> Running<B> {
     }
 
     /// Stops the device and returns what it was made of.
-    pub(crate) fn stop(self) -> (B, Active) {
+    pub fn stop(self) -> (B, Active) {
         self.stop.write(1).unwrap();
         let (backend, active, result) = self.thread.join().unwrap();
         result.expect("the device ran until it was stopped");
@@ -286,26 +305,39 @@ impl<B: Backend + 'static> Running<B> {
     }
 
     /// Stops the device, if it has not given up by then.
-    pub(crate) fn end(self) -> Result<(), DeviceError> {
+    pub fn end(self) -> Result<(), DeviceError> {
         self.stop.write(1).unwrap();
         self.thread.join().unwrap().2
     }
 
     /// Waits for the device to give up on its guest.
-    pub(crate) fn fail(self) -> DeviceError {
+    pub fn fail(self) -> DeviceError {
         let (_, _, result) = self.thread.join().unwrap();
         result.expect_err("the device gave up")
     }
 }
 
+/// Lets a backend serve what is in its queues, one batch of each, and no more.
+pub fn run_once(
+    backend: &mut impl Backend,
+    guest: &Guest,
+    features: u64,
+    queues: Vec<ActiveQueue>,
+) -> Result<(), DeviceError> {
+    let stop = EventFd::new(EFD_NONBLOCK).unwrap();
+    stop.write(1).unwrap();
+    backend.run(&mut Active { memory: Arc::clone(&guest.memory), features, queues }, &stop)
+}
+
 /// A backend that is idle on a thread of its own.
-pub(crate) struct Idling<B> {
+pub struct Idling<B> {
     thread: JoinHandle<B>,
     wake: EventFd,
 }
 
 impl<B: Backend + 'static> Idling<B> {
-    pub(crate) fn start(mut backend: B) -> Self {
+    /// Lets the backend wait for a driver.
+    pub fn start(mut backend: B) -> Self {
         let wake = EventFd::new(EFD_NONBLOCK).unwrap();
         let theirs = wake.try_clone().unwrap();
         let thread = thread::spawn(move || {
@@ -315,7 +347,8 @@ impl<B: Backend + 'static> Idling<B> {
         Self { thread, wake }
     }
 
-    pub(crate) fn stop(self) -> B {
+    /// Takes the backend back.
+    pub fn stop(self) -> B {
         self.wake.write(1).unwrap();
         self.thread.join().unwrap()
     }

@@ -200,9 +200,9 @@ impl Backend for Blk {
         poller.add(stop, EventSet::IN, STOP)?;
         poller.add(&self.inbox, EventSet::IN, INBOX)?;
         poller.add(&queue.kick, EventSet::IN, KICK)?;
-        // Requests may have come before this thread watched for them.
-        let mut wait = Wait::Poll;
         loop {
+            // First of all, for requests may have come before this thread watched for them.
+            let wait = self.serve(queue, memory, &mut readable, &mut writable)?;
             for (token, _) in poller.wait(wait)? {
                 match token {
                     STOP => return Ok(()),
@@ -210,7 +210,6 @@ impl Backend for Blk {
                     _ => drop(queue.kick.read()),
                 }
             }
-            wait = self.serve(queue, memory, &mut readable, &mut writable)?;
         }
     }
 }

@@ -104,6 +104,14 @@ pub fn device(name: String, tap: File, mac: [u8; 6]) -> Result<(DeviceInfo, Net,
     Ok((info(name, mac), Net { tap, counters, set_offloads: tap::set_offloads }, handle))
 }
 
+/// An interface in front of a socket that keeps packets apart, for tests and fuzz targets.
+#[cfg(any(test, feature = "testing"))]
+pub fn on_socket(socket: File) -> (DeviceInfo, Net, Handle) {
+    let counters = Arc::<Counters>::default();
+    let handle = Handle { counters: Arc::clone(&counters) };
+    (info("net0".into(), [2; 6]), Net { tap: socket, counters, set_offloads: |_, _| Ok(()) }, handle)
+}
+
 fn info(name: String, mac: [u8; 6]) -> DeviceInfo {
     let features = [
         VIRTIO_NET_F_CSUM,

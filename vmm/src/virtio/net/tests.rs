@@ -33,9 +33,7 @@ impl Rig {
         for socket in [&tap, &network] {
             setsockopt(socket, sockopt::SndBuf, &(1 << 20)).unwrap();
         }
-        let counters = Arc::<Counters>::default();
-        let handle = Handle { counters: Arc::clone(&counters) };
-        let backend = Net { tap: tap.into(), counters, set_offloads: |_, _| Ok(()) };
+        let (_, backend, handle) = on_socket(tap.into());
         let guest = Guest::new();
         let (rx, active_rx) = guest.queue(size);
         let (tx, active_tx) = guest.queue(size);

@@ -217,3 +217,97 @@ fn line_end(data: &Buffers<'_>, range: &Range<usize>) -> usize {
 fn ends_line(data: &Buffers<'_>, range: &Range<usize>) -> bool {
     data.read_object::<u8>(range.end.saturating_sub(1)) == Some(b'\n')
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::virtio::buffers::gather;
+    use crate::virtio::testing::{Guest, Part};
+
+    const DATA: u64 = 0x20_0000;
+
+    fn file() -> (File, tempfile::NamedTempFile) {
+        let path = tempfile::NamedTempFile::new().unwrap();
+        (File::options().append(true).open(path.path()).unwrap(), path)
+    }
+
+    fn full() -> File {
+        File::options().append(true).open("/dev/full").unwrap()
+    }
+
+    fn append(sink: &mut Sink, bytes: &[u8]) -> usize {
+        let guest = Guest::new();
+        guest.write(DATA, bytes);
+        let (mut driver, mut active) = guest.queue(4);
+        driver.post(&[Part::readable(DATA, u32::try_from(bytes.len()).unwrap())]);
+        let (mut readable, mut writable) = (Buffers::new(&guest.memory), Buffers::new(&guest.memory));
+        gather(active.pop(&guest.memory).unwrap().unwrap(), &mut readable, &mut writable).unwrap();
+        sink.append(&mut readable, 0..bytes.len())
+    }
+
+    #[test]
+    fn a_line_that_lost_its_end_is_ended_all_the_same() {
+        let (log, path) = file();
+        let mut sink = Sink::new(log.try_clone().unwrap());
+        sink.opened();
+        assert_eq!(append(&mut sink, b"one\ntwo is cut"), 0);
+        // The disk fills up here, and is emptied later.
+        sink.file = full();
+        assert_eq!(append(&mut sink, b" off here"), 9);
+        sink.file = log;
+        assert_eq!(append(&mut sink, b" and here\nthree\n"), 10);
+        assert_eq!(std::fs::read_to_string(path.path()).unwrap(), "one\ntwo is cut\nthree\n");
+    }
+
+    proptest! {
+        /// However the stream is cut into packets and files, each file holds whole lines and nothing is lost.
+        #[test]
+        fn files_hold_whole_lines(lines in prop::collection::vec("[a-z]{0,12}", 1..40),
+                                  cuts in prop::collection::vec((1_usize..30, any::<bool>()), 1..60)) {
+            let stream = lines.iter().flat_map(|line| [line.as_str(), "\n"]).collect::<String>();
+            let (log, path) = file();
+            let mut sink = Sink::new(log);
+            sink.opened();
+            let mut paths = vec![path];
+            let mut rest = stream.as_bytes();
+            for (len, rotate) in cuts.iter().cycle() {
+                if rest.is_empty() {
+                    break;
+                }
+                let (packet, later) = rest.split_at((*len).min(rest.len()));
+                prop_assert_eq!(append(&mut sink, packet), 0);
+                rest = later;
+                if *rotate && sink.next.is_none() {
+                    let (log, path) = file();
+                    sink.replace(log);
+                    paths.push(path);
+                }
+            }
+            let files: Vec<_> = paths.iter().map(|path| std::fs::read_to_string(path.path()).unwrap()).collect();
+            prop_assert!(files.iter().all(|text| text.is_empty() || text.ends_with('\n')));
+            prop_assert_eq!(files.concat(), stream);
+        }
+
+        /// Whenever the disk is full, what is in the file are lines of the stream or beginnings of some, in order.
+        #[test]
+        fn a_full_disk_never_joins_lines(packets in prop::collection::vec(("[a-c\n]{1,10}", any::<bool>()), 1..40)) {
+            let (log, path) = file();
+            let mut sink = Sink::new(log.try_clone().unwrap());
+            sink.opened();
+            let (mut stream, mut dropped) = (String::new(), 0);
+            for (packet, disk_is_full) in packets {
+                sink.file = if disk_is_full { full() } else { log.try_clone().unwrap() };
+                stream.push_str(&packet);
+                dropped += append(&mut sink, packet.as_bytes());
+            }
+            let text = std::fs::read_to_string(path.path()).unwrap();
+            let mut lines = stream.split('\n');
+            for found in text.split('\n').filter(|line| !line.is_empty()) {
+                prop_assert!(lines.any(|line| line.starts_with(found)), "{found:?} of {stream:?}");
+            }
+            prop_assert!(text.len() + dropped >= stream.len());
+        }
+    }
+}
