@@ -1,3 +1,36 @@
-//! The virtual machine monitor of one pod.
+//! The virtual machine monitor of one pod. `main.rs` tells the story of a boot; the modules are its chapters, in
+//! this order.
 
+pub mod config;
+pub mod events;
+pub mod notes;
+
+pub mod acpi;
+pub mod console;
+pub mod cpu;
+pub mod jail;
+pub mod kvm;
+pub mod loader;
+pub mod memory;
+
+pub mod bus;
+pub mod pci;
+pub mod serial;
+pub mod vcpu;
 pub mod virtio;
+
+pub mod control;
+pub mod counters;
+pub mod machine;
+
+/// An error and all its causes in one line.
+pub fn describe(error: &dyn std::error::Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        line.push_str(": ");
+        line.push_str(&error.to_string());
+        cause = error.source();
+    }
+    line
+}

@@ -1,4 +1,4 @@
-//! Virtio 1.2 devices: what each one is, and the thread that serves it.
+//! Virtio 1.2 devices: what each one is, the thread that serves it, and how it appears on the PCI bus.
 
 pub mod blk;
 pub mod buffers;
@@ -7,7 +7,10 @@ pub mod device;
 pub mod inbox;
 pub mod net;
 pub mod poller;
+pub mod registers;
 pub mod rng;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod transport;
 pub mod vsock;
+pub mod worker;

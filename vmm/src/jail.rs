@@ -1,0 +1,240 @@
+//! What this process gives up before the guest's first instruction: privileges, capabilities, core dumps, and every
+//! system call that it has no use for.
+//!
+//! A call outside the filter ends the process; the handler writes thread and number into the events, so that the
+//! pod's status can name them.
+#![expect(unsafe_code, reason = "a signal handler, and system calls without a wrapper")]
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicI32, Ordering};
+
+use nix::sys::prctl::set_no_new_privs;
+use nix::sys::resource::{Resource, setrlimit};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
+};
+use thiserror::Error;
+use vmm_control::exit;
+use vmm_sys_util::signal::register_signal_handler;
+
+/// Why the process cannot be confined.
+#[derive(Debug, Error)]
+pub enum JailError {
+    /// A system call.
+    #[error("cannot give up {0}")]
+    System(&'static str, #[source] io::Error),
+    /// The filter.
+    #[error("the host refuses the system call filter")]
+    Filter(#[from] seccompiler::Error),
+    /// The filter's own rules.
+    #[error("the system call filter is not valid")]
+    Rules(#[from] seccompiler::BackendError),
+}
+
+/// Calls allowed whatever their arguments.
+const ALLOWED: [i64; 58] = [
+    // Devices: files, taps, sockets, rings.
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_readv,
+    libc::SYS_writev,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_preadv,
+    libc::SYS_pwritev,
+    libc::SYS_preadv2,
+    libc::SYS_pwritev2,
+    libc::SYS_lseek,
+    libc::SYS_fsync,
+    libc::SYS_fdatasync,
+    libc::SYS_fallocate,
+    libc::SYS_fstat,
+    libc::SYS_newfstatat,
+    libc::SYS_close,
+    libc::SYS_dup,
+    libc::SYS_fcntl,
+    libc::SYS_accept4,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_recvfrom,
+    libc::SYS_sendto,
+    libc::SYS_shutdown,
+    libc::SYS_getsockopt,
+    libc::SYS_getrandom,
+    // Waiting.
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_eventfd2,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_futex,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_sched_yield,
+    libc::SYS_restart_syscall,
+    libc::SYS_signalfd4,
+    // Memory.
+    libc::SYS_brk,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_madvise,
+    // Threads and signals.
+    libc::SYS_clone3,
+    libc::SYS_set_robust_list,
+    libc::SYS_rseq,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sigaltstack,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_tgkill,
+    libc::SYS_gettid,
+    libc::SYS_getpid,
+    libc::SYS_prctl,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+];
+
+/// Type of every KVM ioctl, in the second byte of its number.
+const KVM_IOCTLS: u64 = (kvm_bindings::KVMIO as u64) << 8;
+const IOCTL_TYPE: u64 = 0xff00;
+/// What a tap is asked for and told, and non-blocking mode.
+const OTHER_IOCTLS: [u64; 4] = [libc::TUNGETIFF, libc::TUNGETVNETHDRSZ, libc::TUNSETOFFLOAD, libc::FIONBIO];
+
+/// Where the handler writes the last event; -1 for nowhere.
+static EVENTS: AtomicI32 = AtomicI32::new(-1);
+
+/// Confines this thread and every one that it starts from now on. `events` stays open as long as the process lives.
+pub fn enter(events: Option<RawFd>) -> Result<(), JailError> {
+    let system = |what| move |error: nix::Error| JailError::System(what, error.into());
+    set_no_new_privs().map_err(system("new privileges"))?;
+    setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(system("core dumps"))?;
+    drop_capabilities().map_err(|error| JailError::System("capabilities", error))?;
+    EVENTS.store(events.unwrap_or(-1), Ordering::Relaxed);
+    register_signal_handler(libc::SIGSYS, forbidden)
+        .map_err(|error| JailError::System("control of SIGSYS", error.into()))?;
+    seccompiler::apply_filter(&filter()?)?;
+    Ok(())
+}
+
+fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
+    let argument =
+        |index, op, value| SeccompRule::new(vec![SeccompCondition::new(index, SeccompCmpArgLen::Dword, op, value)?]);
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = ALLOWED.into_iter().map(|call| (call, Vec::new())).collect();
+    let mut ioctls = vec![argument(1, SeccompCmpOp::MaskedEq(IOCTL_TYPE), KVM_IOCTLS)?];
+    for request in OTHER_IOCTLS {
+        ioctls.push(argument(1, SeccompCmpOp::Eq, request)?);
+    }
+    rules.insert(libc::SYS_ioctl, ioctls);
+    // No memory ever becomes executable.
+    for call in [libc::SYS_mmap, libc::SYS_mprotect] {
+        rules.insert(call, vec![argument(2, SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64), 0)?]);
+    }
+    SeccompFilter::new(rules, SeccompAction::Trap, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
+}
+
+fn drop_capabilities() -> io::Result<()> {
+    /// `_LINUX_CAPABILITY_VERSION_3`.
+    const VERSION: u32 = 0x2008_0522;
+    let header = [VERSION, 0];
+    let none = [0_u32; 6];
+    // SAFETY: both structures are as capset(2) describes them: version and pid; effective, permitted and inheritable
+    // sets, twice.
+    let result = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), none.as_ptr()) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// `si_call_addr`, `si_syscall` and `si_arch` of a SIGSYS (sigaction(2)) lie behind the first 16 bytes.
+#[repr(C)]
+struct SigsysInfo {
+    head: [u64; 2],
+    call_address: u64,
+    syscall: i32,
+    arch: u32,
+}
+
+/// Runs in place of a forbidden call. It allocates nothing, takes no lock and calls only what the filter allows.
+extern "C" fn forbidden(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    // SAFETY: the kernel passes a valid siginfo_t, at least 128 bytes long, which for SIGSYS has these fields.
+    let syscall = unsafe { (*info.cast::<SigsysInfo>()).syscall };
+    let mut name = [0_u8; 16];
+    // SAFETY: PR_GET_NAME writes at most 16 bytes.
+    unsafe { libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr()) };
+    let mut line = Line { bytes: [0; 256], length: 0 };
+    line.add(b"{\"at_ns\":");
+    line.number(crate::notes::now());
+    line.add(b",\"event\":\"shutdown\",\"reason\":\"forbidden_syscall\",\"thread\":\"");
+    line.add(name.split(|byte| *byte == 0).next().unwrap_or_default());
+    line.add(b"\",\"syscall\":");
+    line.number(u64::try_from(syscall).unwrap_or(0));
+    line.add(b"}\n");
+    for fd in [EVENTS.load(Ordering::Relaxed), libc::STDERR_FILENO] {
+        // SAFETY: the bytes are initialized; a descriptor that is not open gives an error and nothing else.
+        unsafe { libc::write(fd, line.bytes.as_ptr().cast(), line.length) };
+    }
+    // SAFETY: ends the process without running anything of it.
+    unsafe { libc::_exit(exit::FORBIDDEN_SYSCALL) };
+}
+
+/// A line of text on the stack.
+struct Line {
+    bytes: [u8; 256],
+    length: usize,
+}
+
+impl Line {
+    fn add(&mut self, text: &[u8]) {
+        for byte in text {
+            if let Some(free) = self.bytes.get_mut(self.length) {
+                *free = *byte;
+                self.length += 1;
+            }
+        }
+    }
+
+    fn number(&mut self, mut value: u64) {
+        let mut digits = [b'0'; 20];
+        let mut first = digits.len();
+        while value > 0 || first == digits.len() {
+            first -= 1;
+            digits[first] = b'0' + u8::try_from(value % 10).unwrap_or(0);
+            value /= 10;
+        }
+        self.add(&digits[first..]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_handlers_line_is_an_event() {
+        let mut line = Line { bytes: [0; 256], length: 0 };
+        for (number, text) in [(0, "0"), (9, "9"), (10, "10"), (u64::MAX, "18446744073709551615")] {
+            line.length = 0;
+            line.number(number);
+            assert_eq!(&line.bytes[..line.length], text.as_bytes());
+        }
+    }
+
+    #[test]
+    fn the_filter_compiles_and_no_call_opens_or_executes() {
+        assert!(!filter().unwrap().is_empty());
+        for call in [
+            libc::SYS_open,
+            libc::SYS_openat,
+            libc::SYS_openat2,
+            libc::SYS_connect,
+            libc::SYS_execve,
+            libc::SYS_socket,
+            libc::SYS_ptrace,
+        ] {
+            assert!(!ALLOWED.contains(&call));
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! The host's KVM: what it must be able to do, and the VM made from it.
+#![expect(unsafe_code, reason = "an inherited descriptor becomes kvm-ioctls' Kvm")]
+
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::Arc;
+
+use kvm_bindings::{KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use thiserror::Error;
+use vmm_control::exit;
+
+use crate::cpu::{CpuError, Policy};
+use crate::memory::TSS;
+
+/// Why this host cannot run the VM.
+#[derive(Debug, Error)]
+pub enum KvmError {
+    /// Another KVM than the one there has been since 2007, or no KVM at all.
+    #[error("the descriptor for kvm is not an open /dev/kvm")]
+    NotKvm,
+    /// Something missing.
+    #[error("this host's KVM lacks {0}; it needs Linux 5.10 or later")]
+    Lacks(&'static str),
+    /// A call failed.
+    #[error("KVM does not {0}")]
+    Call(&'static str, #[source] kvm_ioctls::Error),
+    /// The CPU.
+    #[error(transparent)]
+    Cpu(#[from] CpuError),
+}
+
+impl KvmError {
+    /// The code to exit with.
+    pub fn exit_code(&self) -> i32 {
+        match self {
+            Self::Cpu(CpuError::Lacks(_)) => exit::UNSUPPORTED_CPU,
+            _ => exit::NO_KVM,
+        }
+    }
+}
+
+const NEEDED: [(Cap, &str); 6] = [
+    (Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+    (Cap::IoeventfdNoLength, "KVM_CAP_IOEVENTFD_NO_LENGTH"),
+    (Cap::ReadonlyMem, "KVM_CAP_READONLY_MEM"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+];
+
+/// A host's KVM with all that a machine needs.
+#[derive(Debug)]
+pub struct Host {
+    kvm: Kvm,
+}
+
+impl Host {
+    /// Takes over an open `/dev/kvm` and looks at what it can do.
+    pub fn new(fd: OwnedFd) -> Result<Self, KvmError> {
+        // SAFETY: the descriptor is open and ours. If it is not KVM, its ioctls fail.
+        let kvm = unsafe { Kvm::from_raw_fd(fd.into_raw_fd()) };
+        if u32::try_from(kvm.get_api_version()) != Ok(KVM_API_VERSION) {
+            return Err(KvmError::NotKvm);
+        }
+        match NEEDED.into_iter().find(|(capability, _)| !kvm.check_extension(*capability)) {
+            Some((_, name)) => Err(KvmError::Lacks(name)),
+            None => Ok(Self { kvm }),
+        }
+    }
+
+    /// Makes a VM with its interrupt controllers: local APICs in KVM and nothing else, or with `ioapic` the whole set
+    /// of a PC for the sake of its serial port.
+    pub fn create_vm(&self, ioapic: bool) -> Result<Arc<VmFd>, KvmError> {
+        let vm = loop {
+            match self.kvm.create_vm() {
+                Err(error) if error.errno() == libc::EINTR => {}
+                result => break result.map_err(|e| KvmError::Call("create a VM", e))?,
+            }
+        };
+        vm.set_tss_address(TSS as usize).map_err(|e| KvmError::Call("place its task state segment", e))?;
+        if ioapic {
+            vm.create_irq_chip().map_err(|e| KvmError::Call("create interrupt controllers", e))?;
+        } else {
+            // No pin of an I/O APIC has a route, so no end of interrupt exits to us.
+            let split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
+            vm.enable_cap(&split).map_err(|e| KvmError::Call("create local APICs", e))?;
+        }
+        Ok(Arc::new(vm))
+    }
+
+    /// Makes the virtual CPUs, the first of them at `entry`.
+    pub fn create_vcpus(&self, vm: &VmFd, count: u8, entry: u64) -> Result<Vec<VcpuFd>, KvmError> {
+        let policy = Policy::new(&self.kvm, count)?;
+        let make = |id: u8| {
+            let vcpu = vm.create_vcpu(id.into()).map_err(|e| KvmError::Call("create a virtual CPU", e))?;
+            let tsc_khz = vcpu.get_tsc_khz().unwrap_or(0);
+            policy.give(&vcpu, id, tsc_khz)?;
+            crate::cpu::set_registers(&vcpu, id, entry)?;
+            Ok(vcpu)
+        };
+        (0..count).map(make).collect()
+    }
+}

@@ -1,0 +1,139 @@
+//! `pericarp-vmm`: one virtual machine, from a configuration on standard input to an exit code that says how it ended.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use pericarp_vmm::bus::Bus;
+use pericarp_vmm::config::{self, ConfigError, Setup};
+use pericarp_vmm::console::Ring;
+use pericarp_vmm::counters::{Counters, Stats};
+use pericarp_vmm::events::Events;
+use pericarp_vmm::jail::{self, JailError};
+use pericarp_vmm::kvm::{Host, KvmError};
+use pericarp_vmm::loader::{self, Image, LoadError};
+use pericarp_vmm::machine::{DeviceSetupError, Devices, Machine, termination};
+use pericarp_vmm::memory::{self, GuestRam, MemoryError};
+use pericarp_vmm::notes::{self, Notes};
+use pericarp_vmm::pci::Pci;
+use pericarp_vmm::pci::irq::Irqs;
+use pericarp_vmm::serial::Port;
+use pericarp_vmm::vcpu::Cpus;
+use pericarp_vmm::{acpi, cpu, describe};
+use thiserror::Error;
+use vmm_control::{Console, EventKind, ShutdownReason, exit};
+
+/// Why no guest came to run.
+#[derive(Debug, Error)]
+enum StartError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Jail(#[from] JailError),
+    #[error(transparent)]
+    Device(#[from] DeviceSetupError),
+    #[error("the host refuses")]
+    Host(#[from] io::Error),
+}
+
+impl StartError {
+    fn exit_code(&self) -> i32 {
+        match self {
+            Self::Config(error) => error.exit_code(),
+            Self::Kvm(error) => error.exit_code(),
+            Self::Load(_) => exit::BAD_KERNEL,
+            Self::Device(error) => error.exit_code(),
+            Self::Memory(_) | Self::Jail(_) | Self::Host(_) => exit::INTERNAL,
+        }
+    }
+}
+
+fn main() {
+    let started = notes::now();
+    let code = run(started).unwrap_or_else(|error| {
+        eprintln!("pericarp-vmm: {}", describe(&error));
+        error.exit_code()
+    });
+    std::process::exit(code);
+}
+
+fn run(started: u64) -> Result<i32, StartError> {
+    let mut setup = config::read(io::stdin().lock())?;
+    let mut events = Events::new(setup.events.take());
+    events.record_at(started, EventKind::Started);
+    events.record(EventKind::Configured);
+    boot(setup, &mut events).inspect_err(|error| {
+        let message = describe(error);
+        events.record(EventKind::Shutdown { reason: ShutdownReason::Fault { message } });
+    })
+}
+
+fn boot(setup: Setup, events: &mut Events) -> Result<i32, StartError> {
+    // The machine: interrupt controllers and memory.
+    let serial = matches!(setup.console, Console::Serial { .. });
+    let host = Host::new(setup.kvm)?;
+    let vm = host.create_vm(serial)?;
+    let ram = GuestRam::new(&vm, setup.memory_mib)?;
+    let window = memory::read_only_window(&vm)?;
+
+    // What the guest finds in memory, and its CPUs at the kernel's entry.
+    cpu::write_boot_tables(&ram.memory).map_err(LoadError::from)?;
+    let acpi_root = acpi::write(&ram.memory, setup.vcpus, serial).map_err(LoadError::from)?;
+    let command_line = command_line(&setup.cmdline, &Ring::below(ram.low_end), serial);
+    let seed = loader::seed()?;
+    let image = Image { kernel: setup.kernel, initrd: setup.initrd, command_line: &command_line, seed, acpi_root };
+    let entry = loader::load(&ram, image)?;
+    let vcpus = host.create_vcpus(&vm, setup.vcpus, entry)?;
+    let stats = vcpus.iter().map(Stats::open).chain([Stats::open(&*vm)]).filter_map(Result::ok).collect();
+
+    // Everything is open: from here on the guest's input reaches a process that can open nothing.
+    termination().thread_block().map_err(io::Error::from)?;
+    jail::enter(events.file().map(File::as_raw_fd))?;
+
+    // The devices, each with its thread.
+    let (notifier, notes) = Notes::new()?;
+    let port = serial.then(|| open_serial(&vm, setup.keyboard)).transpose()?;
+    let pin = serial.then_some(acpi::SERIAL_GSI);
+    let bus = Arc::new(Bus::new(Pci::new(window, Irqs::new(Arc::clone(&vm), pin)), port));
+    let mut devices = Devices::new(Arc::clone(&bus), ram, notifier.clone());
+    if let Some(listener) = setup.vsock {
+        devices.add_vsock(listener)?;
+    }
+    for disk in setup.disks {
+        devices.add_disk(disk)?;
+    }
+    for (net, tap) in setup.nets {
+        devices.add_net(net, tap)?;
+    }
+    if setup.rng {
+        devices.add_rng()?;
+    }
+    events.record(EventKind::Loaded);
+
+    // The guest runs.
+    let cpus = Cpus::start(vcpus, &bus, &notifier)?;
+    let counters = Counters::new(stats, cpus.exits.clone());
+    Ok(Machine::new(devices, cpus, counters, events, setup.control).serve(&notes))
+}
+
+/// A panic ends the guest at once; its console is the ring, or the serial port of a machine that has one.
+fn command_line(added: &str, ring: &Ring, serial: bool) -> String {
+    let console = if serial { " console=ttyS0" } else { "" };
+    format!("panic=-1 {}{console} {added}", ring.parameters()).trim_end().to_owned()
+}
+
+fn open_serial(vm: &kvm_ioctls::VmFd, keyboard: Option<File>) -> io::Result<Port> {
+    let (port, interrupt) = Port::new()?;
+    vm.register_irqfd(&interrupt, acpi::SERIAL_GSI)?;
+    if let Some(keyboard) = keyboard {
+        port.type_from(keyboard)?;
+    }
+    Ok(port)
+}

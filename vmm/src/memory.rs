@@ -1,0 +1,177 @@
+//! Guest memory: where everything lies in the guest's physical address space, and the host memory behind it.
+//!
+//! It owns the mappings for the life of the process. It never looks at what the guest keeps in them.
+#![expect(unsafe_code, reason = "guest memory is a mapping that Rust did not make")]
+
+use std::io;
+use std::ptr;
+use std::sync::Arc;
+
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_ioctls::VmFd;
+use thiserror::Error;
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+
+/// A MiB in bytes.
+pub const MIB: u64 = 1 << 20;
+
+/// Smallest page that maps a huge page of the host to one of the guest.
+pub const HUGE_PAGE: u64 = 2 * MIB;
+
+/// Global descriptor table that the guest starts with.
+pub const GDT: u64 = 0x500;
+
+/// `struct boot_params` (Documentation/arch/x86/zero-page.rst).
+pub const ZERO_PAGE: u64 = 0x7000;
+
+/// The seed for the guest's random number generator, wiped by the guest.
+pub const RNG_SEED: u64 = 0x8000;
+
+/// Three pages of page tables that map the first GiB to itself.
+pub const PAGE_TABLES: u64 = 0x9000;
+
+/// Kernel command line.
+pub const COMMAND_LINE: u64 = 0x2_0000;
+
+/// Longest kernel command line, its NUL included (`COMMAND_LINE_SIZE`).
+pub const COMMAND_LINE_BYTES: usize = 2048;
+
+/// End of what a PC's firmware leaves to the system below 1 MiB.
+pub const LOW_END: u64 = 0x9_fc00;
+
+/// ACPI tables, where firmware keeps them.
+pub const ACPI_TABLES: u64 = 0xe_0000;
+
+/// Memory from here on is the kernel's.
+pub const HIGH_RAM: u64 = MIB;
+
+/// Memory below 4 GiB ends here at the latest: above it lie the devices.
+pub const HOLE: u64 = 0xc000_0000;
+
+/// Configuration space of PCI bus 0 (PCI Express 5.0 §7.2.2).
+pub const ECAM: u64 = 0xe000_0000;
+
+/// 32 devices of 8 functions of 4 KiB.
+pub const ECAM_BYTES: u64 = MIB;
+
+/// The BARs that the guest mostly reads, one page per device. It follows the configuration space, so that one
+/// read-only memory slot serves both.
+pub const REGISTER_BARS: u64 = ECAM + ECAM_BYTES;
+
+/// The BARs that the guest mostly writes, one page per device.
+pub const DOORBELL_BARS: u64 = REGISTER_BARS + 32 * 4096;
+
+/// All that PCI devices may occupy.
+pub const PCI_WINDOW: u64 = ECAM;
+
+/// Length of [`PCI_WINDOW`], the configuration space included.
+pub const PCI_WINDOW_BYTES: u64 = 16 * MIB;
+
+/// Memory that does not fit below [`HOLE`] begins here.
+pub const ABOVE_4G: u64 = 1 << 32;
+
+/// A page that no guest uses, where KVM keeps a task state segment on older Intel CPUs.
+pub const TSS: u64 = 0xfffb_d000;
+
+const SLOT_LOW: u32 = 0;
+const SLOT_HIGH: u32 = 1;
+const SLOT_READ_ONLY: u32 = 2;
+
+/// Why there is no guest memory.
+#[derive(Debug, Error)]
+pub enum MemoryError {
+    /// The host refuses the mapping.
+    #[error("cannot map {mib} MiB of memory for the guest; lower memory_mib or raise the memory limit")]
+    Map {
+        /// Size asked for.
+        mib: u64,
+        /// Why.
+        source: io::Error,
+    },
+    /// KVM refuses it.
+    #[error("KVM refuses the guest's memory")]
+    Slot(#[source] kvm_ioctls::Error),
+    /// The pieces do not fit together.
+    #[error("guest memory does not fit together")]
+    Shape(#[from] vm_memory::mmap::FromRangesError),
+    /// The crate refuses the mapping.
+    #[error("guest memory is refused")]
+    Region(#[from] vm_memory::mmap::MmapRegionError),
+    /// The pieces overlap.
+    #[error("guest memory overlaps itself")]
+    Collection(#[from] vm_memory::GuestRegionCollectionError),
+}
+
+/// The guest's RAM: `[0, low_end)` and, if it is larger than the hole allows, `[4 GiB, high_end)`.
+#[derive(Clone, Debug)]
+pub struct GuestRam {
+    /// Every byte of it.
+    pub memory: Arc<GuestMemoryMmap>,
+    /// First address after RAM below 4 GiB.
+    pub low_end: u64,
+    /// First address after RAM above 4 GiB; 4 GiB if there is none.
+    pub high_end: u64,
+}
+
+impl GuestRam {
+    /// Maps and registers RAM: anonymous, because a memfd has no huge pages by default.
+    pub fn new(vm: &VmFd, mib: u32) -> Result<Self, MemoryError> {
+        let bytes = u64::from(mib) * MIB;
+        let low_end = bytes.min(HOLE);
+        let high_end = ABOVE_4G + (bytes - low_end);
+        let mut regions = Vec::with_capacity(2);
+        for (slot, start, end) in [(SLOT_LOW, 0, low_end), (SLOT_HIGH, ABOVE_4G, high_end)] {
+            if start == end {
+                continue;
+            }
+            let mapping = map(end - start, libc::MADV_HUGEPAGE)?;
+            register(vm, slot, start, &mapping, 0)?;
+            regions.push(
+                GuestRegionMmap::new(mapping, GuestAddress(start))
+                    .ok_or(vm_memory::mmap::FromRangesError::InvalidGuestRegion)?,
+            );
+        }
+        Ok(Self { memory: Arc::new(GuestMemoryMmap::from_regions(regions)?), low_end, high_end })
+    }
+}
+
+/// Memory that the guest reads without an exit and writes with one: the PCI configuration space and the BARs that
+/// follow it.
+pub fn read_only_window(vm: &VmFd) -> Result<MmapRegion, MemoryError> {
+    let mapping = map(DOORBELL_BARS - ECAM, libc::MADV_NOHUGEPAGE)?;
+    register(vm, SLOT_READ_ONLY, ECAM, &mapping, KVM_MEM_READONLY)?;
+    Ok(mapping)
+}
+
+fn register(vm: &VmFd, slot: u32, start: u64, mapping: &MmapRegion, flags: u32) -> Result<(), MemoryError> {
+    let region = kvm_userspace_memory_region {
+        slot,
+        flags,
+        guest_phys_addr: start,
+        memory_size: mapping.size() as u64,
+        userspace_addr: mapping.as_ptr() as u64,
+    };
+    // SAFETY: the mapping is never unmapped, so KVM may use it as long as this process lives; the guest can reach
+    // nothing beyond its length.
+    unsafe { vm.set_user_memory_region(region) }.map_err(MemoryError::Slot)
+}
+
+/// Private zeroed memory, aligned so that a huge page of the host backs one of the guest; left out of core dumps.
+fn map(bytes: u64, advice: libc::c_int) -> Result<MmapRegion, MemoryError> {
+    let failed = || MemoryError::Map { mib: bytes / MIB, source: io::Error::last_os_error() };
+    let (length, slack) = (bytes as usize, HUGE_PAGE as usize);
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a fresh anonymous mapping at an address of the kernel's choice overlaps nothing.
+    let start =
+        unsafe { libc::mmap(ptr::null_mut(), length + slack, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+    if start == libc::MAP_FAILED {
+        return Err(failed());
+    }
+    let address = start.cast::<u8>().wrapping_add(start.align_offset(slack));
+    for advice in [advice, libc::MADV_DONTDUMP] {
+        // SAFETY: the range lies within the mapping just made. Advice that the host does not know is no loss.
+        let _ = unsafe { libc::madvise(address.cast(), length, advice) };
+    }
+    // SAFETY: address..address + length is mapped readable and writable, and is never unmapped.
+    Ok(unsafe { MmapRegion::build_raw(address, length, libc::PROT_READ | libc::PROT_WRITE, flags) }?)
+}
