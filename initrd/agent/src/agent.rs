@@ -201,44 +201,52 @@ impl Agent {
         }
     }
 
-    /// Whether everything that takes a process's output can take more.
-    fn has_room(&self, task: &Task) -> bool {
+    /// Whether a process writes and everything that takes its output can take more.
+    fn output_flows(&self, task: &Task) -> bool {
         let session_has_room = |number: &u32| self.sessions.get(number).is_none_or(Session::has_room);
-        match &task.owner {
+        let room = match &task.owner {
             Owner::Session(session) => session_has_room(session),
             Owner::Container(id) => self
                 .containers
                 .get(id)
                 .is_none_or(|container| container.log.has_room() && container.attached.iter().all(session_has_room)),
-        }
+        };
+        task.talks() && room
     }
 
     /// Brings one process's streams as far as they go now, and ends it if that was the end.
     pub(crate) fn settle(&mut self, number: u32) {
         self.end_if_empty(number);
-        let mut room = true;
+        let Some(task) = self.tasks.get(&number) else { return };
+        let owner = task.owner.clone();
+        // What has been waiting goes first: it may be what there is no room for.
+        self.flush_owner(&owner);
         for _ in 0..ROUNDS {
-            let Some(task) = self.tasks.get(&number) else { return };
-            room = task.talks() && self.has_room(task);
-            if !room {
-                break;
-            }
-            let Some(task) = self.tasks.get_mut(&number) else { return };
-            let Some((stream, bytes)) = task.stdio.read() else { break };
-            let owner = task.owner.clone();
+            let Some((stream, bytes)) = self.read_output(number) else { break };
             self.deliver(&owner, stream, bytes);
         }
-        let Some(task) = self.tasks.get_mut(&number) else { return };
-        task.stdio.write_input();
-        if let Err(error) = task.stdio.watch(&self.poll, room) {
+        self.flush_owner(&owner);
+        if let Some(task) = self.tasks.get_mut(&number) {
+            task.stdio.write_input();
+        }
+        self.resume_sessions(number);
+        self.watch(number);
+        self.finish_if_done(number, &owner);
+    }
+
+    fn read_output(&mut self, number: u32) -> Option<(Stream, Vec<u8>)> {
+        let flows = self.output_flows(self.tasks.get(&number)?);
+        self.tasks.get_mut(&number).filter(|_| flows)?.stdio.read()
+    }
+
+    /// Only after the last flush of a turn, or there would be room that nothing waits for.
+    fn watch(&mut self, number: u32) {
+        let Some(flows) = self.tasks.get(&number).map(|task| self.output_flows(task)) else { return };
+        if let Some(task) = self.tasks.get_mut(&number)
+            && let Err(error) = task.stdio.watch(&self.poll, flows)
+        {
             kmsg::say(&format!("cannot watch the streams of process {}: {error}", task.pid));
         }
-        let (owner, takes_input) = (task.owner.clone(), task.stdio.has_input_room());
-        if takes_input {
-            self.resume_sessions(number);
-        }
-        self.flush_owner(&owner);
-        self.finish_if_done(number, &owner);
     }
 
     /// Once nothing of an ended process's own is left that could write, only what is in its pipes is waited for.

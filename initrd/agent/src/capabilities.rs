@@ -65,9 +65,10 @@ pub(crate) struct Sets {
 }
 
 impl Sets {
-    /// All of them, as a privileged container has.
+    /// All that the agent has, as a privileged container's.
     pub(crate) fn all() -> Self {
-        Self { bounding: ALL, effective: ALL, permitted: ALL, inheritable: 0, ambient: 0 }
+        let all = numbers(ALL).filter(|&number| sys::is_bounding(number)).fold(0, |set, number| set | 1 << number);
+        Self { bounding: all, effective: all, permitted: all, inheritable: 0, ambient: 0 }
     }
 
     /// From names; one that this kernel's capabilities(7) does not have is refused by name.

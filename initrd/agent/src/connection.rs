@@ -94,6 +94,11 @@ impl Connection {
         self.paused = paused;
     }
 
+    /// Whether nothing more is taken in.
+    pub(crate) fn is_paused(&self) -> bool {
+        self.paused
+    }
+
     /// Sends what the peer takes, and waits for what is to come.
     pub(crate) fn flush(&mut self, poll: &Poll) -> io::Result<()> {
         while !self.unsent.is_empty() {

@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, symlink};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, SFlag, mknod, umask};
@@ -223,23 +223,46 @@ fn pivot() -> Result<(), RootError> {
     chdir("/").map_err(&failed)
 }
 
-/// With its parents.
-pub(crate) fn make_directory(path: &Path) -> io::Result<()> {
-    match DirBuilder::new().recursive(true).mode(0o755).create(path) {
-        // A link to nowhere, say.
-        Err(error) if !path.is_dir() => Err(error),
-        _ => Ok(()),
+/// Most symbolic links followed on the way to one path, as in the kernel.
+const MOST_LINKS: usize = 40;
+
+/// Where `path` leads, symbolic links followed whether or not anything is there: images have links to places that a
+/// mount is to make.
+fn resolve(path: &Path) -> io::Result<PathBuf> {
+    let mut ahead: Vec<_> = path.components().rev().map(|part| part.as_os_str().to_owned()).collect();
+    let (mut place, mut links) = (PathBuf::from("/"), 0);
+    while let Some(part) = ahead.pop() {
+        match Path::new(&part).components().next() {
+            Some(Component::RootDir) => place = PathBuf::from("/"),
+            Some(Component::ParentDir) => drop(place.pop()),
+            Some(Component::Normal(name)) => match fs::read_link(place.join(name)) {
+                Ok(_) if links == MOST_LINKS => return Err(io::Error::from_raw_os_error(libc::ELOOP)),
+                Ok(target) => {
+                    links += 1;
+                    ahead.extend(target.components().rev().map(|part| part.as_os_str().to_owned()));
+                }
+                Err(_) => place.push(name),
+            },
+            _ => {}
+        }
     }
+    Ok(place)
+}
+
+/// With its parents.
+fn make_directory(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o755).create(resolve(path)?)
 }
 
 fn make_file(path: &Path) -> io::Result<()> {
-    if fs::symlink_metadata(path).is_ok() && fs::metadata(path).is_ok() {
+    let path = resolve(path)?;
+    if fs::symlink_metadata(&path).is_ok() {
         return Ok(());
     }
     if let Some(parent) = path.parent() {
         make_directory(parent)?;
     }
-    OpenOptions::new().write(true).create(true).truncate(false).mode(0o644).open(path).map(drop)
+    OpenOptions::new().write(true).create_new(true).mode(0o644).open(path).map(drop)
 }
 
 fn missing(error: &io::Error) -> bool {
@@ -277,4 +300,27 @@ pub(crate) fn bind_console(terminal: &OwnedFd) -> Result<(), RootError> {
     make_file(Path::new("/dev/console")).map_err(&failed)?;
     let source = format!("/proc/self/fd/{}", raw(terminal));
     mount(Some(source.as_str()), "/dev/console", NONE, MsFlags::MS_BIND, NONE).map_err(|error| failed(error.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_lead_where_their_links_say_even_if_nothing_is_there() {
+        let directory = tempfile::tempdir().expect("directory");
+        let root = directory.path();
+        symlink("a/b", root.join("relative")).expect("link");
+        symlink(root.join("x/../y"), root.join("absolute")).expect("link");
+        symlink("loop", root.join("loop")).expect("link");
+        for (path, place) in [("relative/c", "a/b/c"), ("absolute/c", "y/c"), ("new/../other", "other")] {
+            assert_eq!(resolve(&root.join(path)).expect("resolves"), root.join(place));
+        }
+        assert!(resolve(&root.join("loop/x")).is_err());
+        make_directory(&root.join("relative/c")).expect("made");
+        make_directory(&root.join("relative/c")).expect("there already");
+        make_file(&root.join("absolute")).expect("made");
+        assert!(root.join("a/b/c").is_dir() && root.join("y").is_file());
+        assert!(make_directory(&root.join("y/z")).is_err(), "a file is no directory");
+    }
 }

@@ -275,12 +275,17 @@ impl Agent {
         }
     }
 
-    /// More input may be taken from the sessions of a process that had too much of it.
+    /// Input may be taken again from the sessions of a process that had too much of it.
     pub(crate) fn resume_sessions(&mut self, task: u32) {
-        let paused = self.sessions.iter().filter(|(_, session)| session.task() == Some(task));
+        if self.tasks.get(&task).is_none_or(|task| !task.stdio.has_input_room()) {
+            return;
+        }
+        let paused = |session: &Session| session.task() == Some(task) && session.connection.is_paused();
+        let paused = self.sessions.iter().filter(|(_, session)| paused(session));
         for number in paused.map(|(&number, _)| number).collect::<Vec<_>>() {
-            if self.session_messages(number).is_err() {
-                self.close_session(number);
+            match self.session_messages(number) {
+                Ok(()) => self.flush_session(number),
+                Err(_) => self.close_session(number),
             }
         }
     }

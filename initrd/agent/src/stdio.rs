@@ -21,6 +21,10 @@ pub(crate) const CHUNK_BYTES: usize = agent_protocol::CHUNK_BYTES;
 /// Input waiting for a process that does not read, above which its sender is made to wait.
 const INPUT_BYTES: usize = 256 << 10;
 
+/// More than a terminal holds. What it was given may not be readable yet; but a read that finds nothing has first
+/// waited for that (the kernel's `n_tty_read` flushes the buffer), so after the process's end it is the end.
+const TERMINAL_BYTES: usize = 128 << 10;
+
 /// What the process gets, to be dropped once it has it.
 #[derive(Debug)]
 pub(crate) struct ChildEnds([OwnedFd; 3]);
@@ -126,7 +130,8 @@ impl Stdio {
                     found = Some((output.stream, bytes));
                     true
                 }
-                Err(Errno::EAGAIN | Errno::EINTR) => output.left.is_none(),
+                Err(Errno::EINTR) => true,
+                Err(Errno::EAGAIN) => output.left.is_none(),
                 // A terminal whose last user has gone says EIO.
                 Err(_) => false,
             }
@@ -143,10 +148,8 @@ impl Stdio {
     pub(crate) fn process_ended(&mut self) {
         self.input = None;
         for output in self.outputs.iter_mut().filter(|output| output.left.is_none()) {
-            // What a terminal was given may still be on its way; but its last user's end is sure to be told.
-            if !self.terminal {
-                output.left = Some(sys::readable_bytes(output.fd.fd()).unwrap_or(0));
-            }
+            let pending = if self.terminal { Ok(TERMINAL_BYTES) } else { sys::readable_bytes(output.fd.fd()) };
+            output.left = Some(pending.unwrap_or(0));
         }
     }
 

@@ -276,6 +276,12 @@ pub(crate) fn no_new_privileges() -> io::Result<()> {
     prctl(libc::PR_SET_NO_NEW_PRIVS, 1)
 }
 
+/// Whether capability number `capability` is in the bounding set.
+pub(crate) fn is_bounding(capability: u8) -> bool {
+    // SAFETY: plain integers.
+    unsafe { libc::prctl(libc::PR_CAPBSET_READ, c_ulong::from(capability)) == 1 }
+}
+
 /// Takes capability number `capability` out of the bounding set.
 pub(crate) fn drop_bounding(capability: u8) -> io::Result<()> {
     prctl(libc::PR_CAPBSET_DROP, c_ulong::from(capability))

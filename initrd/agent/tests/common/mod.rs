@@ -1,0 +1,502 @@
+//! A pod without a virtual machine: the agent as the first process of its own namespaces, on unix sockets, with a loop
+//! device for the pod disk. Everything but vsock and the guest's kernel is the real thing.
+//!
+//! Wants root, `unshare`, `losetup`, `mkfs.erofs`, `mkfs.ext4` and a static busybox.
+
+#![allow(dead_code, reason = "each test program uses its own part")]
+
+use std::collections::VecDeque;
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::symlink;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+use nix::sys::socket::{MsgFlags, recv};
+
+use agent_protocol::v1::{self, error::Kind, from_agent, from_session, open, reply, request, to_session};
+
+/// Longest wait for anything.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+const MIB: u64 = 1 << 20;
+const SECTOR: u64 = 512;
+const IMAGE_AT: u64 = MIB;
+const SCRATCH_AT: u64 = 64 * MIB;
+const DISK: u64 = 320 * MIB;
+
+/// What the image is made of, beside busybox and its names.
+const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nweb:x:33:34::/var/www:/bin/sh\n";
+const GROUP: &str = "root:x:0:\nweb:x:34:\nlog:x:60:web\n";
+
+/// What stays behind if nobody takes it away.
+struct Machine {
+    directory: tempfile::TempDir,
+    loop_device: String,
+    cgroup: PathBuf,
+    agent: Option<Child>,
+}
+
+/// An agent and what was made for it.
+pub(crate) struct Pod {
+    machine: Machine,
+    control: UnixStream,
+    events: VecDeque<v1::ContainerExited>,
+    last_id: u64,
+    ports: u32,
+}
+
+fn run(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).output().unwrap_or_else(|error| panic!("{program}: {error}"));
+    assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).trim().to_owned()
+}
+
+/// An image with a shell, two users, a FIFO in an odd place and a link that leads out of it.
+fn make_image(directory: &Path) -> PathBuf {
+    let tree = directory.join("tree");
+    for path in ["bin", "etc", "root", "tmp", "var/www", "locked"] {
+        fs::create_dir_all(tree.join(path)).expect("directory");
+    }
+    fs::copy("/bin/busybox", tree.join("bin/busybox")).expect("a static busybox");
+    for applet in run("/bin/busybox", &["--list"]).lines().filter(|applet| *applet != "busybox") {
+        symlink("busybox", tree.join("bin").join(applet)).expect("link");
+    }
+    fs::write(tree.join("etc/passwd"), PASSWD).expect("passwd");
+    fs::write(tree.join("etc/group"), GROUP).expect("group");
+    fs::write(tree.join("etc/not-a-program"), "text").expect("file");
+    symlink("/etc/linked", tree.join("var/escape")).expect("link");
+    let image = directory.join("image.erofs");
+    run("mkfs.erofs", &["--quiet", image.to_str().expect("path"), tree.to_str().expect("path")]);
+    image
+}
+
+fn make_disk(directory: &Path) -> String {
+    let image = make_image(directory);
+    let disk = directory.join("disk");
+    let scratch = directory.join("scratch");
+    File::create(&scratch).expect("file").set_len(DISK - SCRATCH_AT).expect("size");
+    run("mkfs.ext4", &["-q", "-O", "^has_journal", scratch.to_str().expect("path")]);
+    File::create(&disk).expect("file").set_len(DISK).expect("size");
+    for (part, at) in [(&image, IMAGE_AT), (&scratch, SCRATCH_AT)] {
+        let (source, seek) = (format!("if={}", part.display()), format!("seek={}", at / MIB));
+        run("dd", &[&source, &format!("of={}", disk.display()), "bs=1M", &seek, "conv=notrunc,sparse", "status=none"]);
+    }
+    run("losetup", &["--show", "--find", "--partscan", disk.to_str().expect("path")])
+}
+
+/// A cgroup in which the agent is as if at the root of all.
+fn make_cgroup(name: &str) -> PathBuf {
+    let mounts = fs::read_to_string("/proc/self/mounts").expect("mounts");
+    let root = mounts.lines().find_map(|line| {
+        let mut words = line.split(' ');
+        let (target, kind) = (words.nth(1)?, words.next()?);
+        (kind == "cgroup2").then(|| PathBuf::from(target))
+    });
+    let root = root.expect("a cgroup2 hierarchy");
+    let controllers = fs::read_to_string(root.join("cgroup.controllers")).expect("controllers");
+    for controller in controllers.split_whitespace() {
+        // One that cannot be given leaves the tests that need it to say so.
+        drop(fs::write(root.join("cgroup.subtree_control"), format!("+{controller}")));
+    }
+    let cgroup = root.join(name);
+    fs::create_dir(&cgroup).expect("cgroup");
+    cgroup
+}
+
+pub(crate) fn image() -> v1::DiskRange {
+    v1::DiskRange { first_sector: IMAGE_AT / SECTOR, sectors: (SCRATCH_AT - IMAGE_AT) / SECTOR }
+}
+
+pub(crate) fn scratch() -> v1::DiskRange {
+    v1::DiskRange { first_sector: SCRATCH_AT / SECTOR, sectors: (DISK - SCRATCH_AT) / SECTOR }
+}
+
+/// Waits until `check` gives something.
+pub(crate) fn eventually<T>(what: &str, mut check: impl FnMut() -> Option<T>) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(found) = check() {
+            return found;
+        }
+        assert!(start.elapsed() < PATIENCE, "{what} did not happen");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn dial(path: &Path) -> UnixStream {
+    let stream = eventually("a connection", || UnixStream::connect(path).ok());
+    stream.set_read_timeout(Some(PATIENCE)).expect("time limit");
+    stream
+}
+
+fn greet(stream: &UnixStream) {
+    agent_protocol::write(stream, &v1::Hello { version: agent_protocol::VERSION, kernel: String::new() })
+        .expect("hello");
+    let hello = agent_protocol::read::<v1::Hello>(stream).expect("hello").expect("hello");
+    assert!(hello.version == agent_protocol::VERSION && !hello.kernel.is_empty());
+}
+
+impl Machine {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().expect("directory");
+        let loop_device = make_disk(directory.path());
+        let unique = directory.path().file_name().expect("name").to_string_lossy().trim_start_matches('.').to_owned();
+        let cgroup = make_cgroup(&format!("pericarp-test-{unique}"));
+        Self { directory, loop_device, cgroup, agent: None }
+    }
+
+    fn start_agent(&mut self, sockets: &Path) {
+        // Only the agent itself may be in its cgroup, which cannot have children with limits otherwise.
+        let script = format!(
+            "echo 0 > {}/cgroup.procs && exec unshare --cgroup {} --unix {} --disk {}",
+            self.cgroup.display(),
+            env!("CARGO_BIN_EXE_pericarp-init"),
+            sockets.display(),
+            self.loop_device,
+        );
+        let agent = Command::new("unshare")
+            .args(["--pid", "--fork", "--kill-child", "--mount", "--net", "--uts", "--ipc", "sh", "-c", &script])
+            .spawn();
+        self.agent = Some(agent.expect("unshare"));
+    }
+}
+
+impl Pod {
+    /// An agent that is ready, and no more.
+    pub(crate) fn boot() -> Self {
+        let mut machine = Machine::new();
+        let sockets = machine.directory.path().join("s");
+        fs::create_dir(&sockets).expect("directory");
+        let ready = UnixListener::bind(sockets.join("host-1024")).expect("socket");
+        machine.start_agent(&sockets);
+        ready.accept().expect("the agent says that it is ready");
+        let control = dial(&sockets.join(format!("port-{}", agent_protocol::CONTROL_PORT)));
+        greet(&control);
+        Self { machine, control, events: VecDeque::new(), last_id: 0, ports: 2000 }
+    }
+
+    /// An agent that is a pod with a disk.
+    pub(crate) fn start() -> Self {
+        Self::configured(v1::Configure { scratch: Some(scratch()), ..configuration() })
+    }
+
+    pub(crate) fn configured(configure: v1::Configure) -> Self {
+        let mut pod = Self::boot();
+        pod.done(request::Call::Configure(configure));
+        pod
+    }
+
+    pub(crate) fn socket(&self, name: &str) -> PathBuf {
+        self.machine.directory.path().join("s").join(name)
+    }
+
+    fn receive(&mut self, id: u64) -> Option<reply::Result> {
+        let message = agent_protocol::read::<v1::FromAgent>(&self.control).expect("message").expect("no end");
+        match message.message.expect("known") {
+            from_agent::Message::ContainerExited(exited) => {
+                self.events.push_back(exited);
+                None
+            }
+            from_agent::Message::Reply(reply) => {
+                assert_eq!(reply.id, id);
+                reply.result
+            }
+        }
+    }
+
+    pub(crate) fn call(&mut self, call: request::Call) -> reply::Result {
+        self.last_id += 1;
+        let id = self.last_id;
+        agent_protocol::write(&self.control, &v1::Request { id, call: Some(call) }).expect("request");
+        loop {
+            if let Some(result) = self.receive(id) {
+                return result;
+            }
+        }
+    }
+
+    pub(crate) fn done(&mut self, call: request::Call) {
+        let result = self.call(call);
+        assert!(matches!(result, reply::Result::Done(_)), "{result:?}");
+    }
+
+    pub(crate) fn refused(&mut self, call: request::Call) -> (Kind, String) {
+        match self.call(call) {
+            reply::Result::Error(error) => (error.kind(), error.message),
+            other => panic!("not refused: {other:?}"),
+        }
+    }
+
+    /// Creates a container with a log, which is collected.
+    pub(crate) fn create(&mut self, container: v1::CreateContainer) -> Result<Log, (Kind, String)> {
+        self.ports += 1;
+        let log = Log::listen(&self.socket(&format!("host-{}", self.ports)));
+        let stdio = v1::Stdio { log_port: self.ports, ..container.stdio.unwrap_or_default() };
+        let container = v1::CreateContainer { stdio: Some(stdio), ..container };
+        match self.call(request::Call::CreateContainer(container)) {
+            reply::Result::Done(_) => Ok(log),
+            reply::Result::Error(error) => Err((error.kind(), error.message)),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub(crate) fn start_container(&mut self, id: &str) {
+        self.done(request::Call::StartContainer(v1::StartContainer { id: id.into() }));
+    }
+
+    /// Creates and starts one.
+    pub(crate) fn launch(&mut self, container: v1::CreateContainer) -> Log {
+        let id = container.id.clone();
+        let log = self.create(container).expect("created");
+        self.start_container(&id);
+        log
+    }
+
+    pub(crate) fn exit_of(&mut self, id: &str) -> v1::Exit {
+        loop {
+            if let Some(at) = self.events.iter().position(|exited| exited.id == id) {
+                return self.events.remove(at).and_then(|exited| exited.exit).expect("exit");
+            }
+            assert!(self.receive(0).is_none());
+        }
+    }
+
+    /// Runs a script to its end in a fresh container: its exit and its log.
+    pub(crate) fn run(&mut self, container: v1::CreateContainer) -> (v1::Exit, Vec<String>) {
+        let id = container.id.clone();
+        let log = self.launch(container);
+        let exit = self.exit_of(&id);
+        // Complete by the time of the event, so nothing is waited for.
+        let lines = log.texts();
+        self.remove(&id);
+        (exit, lines)
+    }
+
+    pub(crate) fn remove(&mut self, id: &str) {
+        self.done(request::Call::RemoveContainer(v1::RemoveContainer { id: id.into() }));
+    }
+
+    pub(crate) fn signal(&mut self, id: &str, signal: i32, all: bool) {
+        self.done(request::Call::SignalContainer(v1::SignalContainer { id: id.into(), signal, all }));
+    }
+
+    pub(crate) fn state(&mut self, id: &str) -> Option<v1::ContainerState> {
+        match self.call(request::Call::GetState(v1::GetState {})) {
+            reply::Result::State(state) => state.containers.into_iter().find(|container| container.id == id),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub(crate) fn open(&self, kind: open::Kind) -> Result<Session, (Kind, String)> {
+        let stream = dial(&self.socket(&format!("port-{}", agent_protocol::SESSION_PORT)));
+        greet(&stream);
+        agent_protocol::write(&stream, &v1::Open { kind: Some(kind) }).expect("open");
+        match agent_protocol::read::<v1::Opened>(&stream).expect("opened").expect("opened").error {
+            None => Ok(Session { stream }),
+            Some(error) => Err((error.kind(), error.message)),
+        }
+    }
+
+    pub(crate) fn exec(&self, id: &str, process: v1::Process, stdin: bool) -> Result<Session, (Kind, String)> {
+        self.open(open::Kind::Exec(v1::Exec { container_id: id.into(), process: Some(process), stdin }))
+    }
+
+    /// Runs a script by exec: its exit status and output.
+    pub(crate) fn exec_sh(&self, id: &str, script: &str) -> (i32, String) {
+        let (exit, out, err) = self.exec(id, sh(script), false).expect("exec").finish();
+        (exit.code, out + &err)
+    }
+
+    pub(crate) fn cgroup(&self, id: &str) -> PathBuf {
+        self.machine.cgroup.join("pod").join(id)
+    }
+
+    /// Partitions of the pod disk that there are now.
+    pub(crate) fn partitions(&self) -> usize {
+        let name = self.machine.loop_device.trim_start_matches("/dev/");
+        let entries = fs::read_dir(format!("/sys/block/{name}")).expect("disk").flatten();
+        entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(name)).count()
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        if let Some(agent) = &mut self.agent {
+            drop(agent.kill());
+            drop(agent.wait());
+        }
+        let start = Instant::now();
+        while start.elapsed() < PATIENCE && remove_cgroups(&self.cgroup).is_err() {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        for number in 1..16 {
+            drop(Command::new("partx").args(["-d", "--nr", &number.to_string(), &self.loop_device]).output());
+        }
+        drop(Command::new("losetup").args(["-d", &self.loop_device]).output());
+    }
+}
+
+fn remove_cgroups(path: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(path)?.flatten() {
+        if entry.file_type()?.is_dir() {
+            remove_cgroups(&entry.path())?;
+        }
+    }
+    fs::remove_dir(path)
+}
+
+/// The host's end of a container's log.
+pub(crate) struct Log {
+    bytes: Arc<Mutex<Vec<u8>>>,
+    stream: Arc<OnceLock<UnixStream>>,
+}
+
+impl Log {
+    fn listen(path: &Path) -> Self {
+        let listener = UnixListener::bind(path).expect("socket");
+        let log = Self { bytes: Arc::default(), stream: Arc::default() };
+        let (bytes, stream) = (Arc::clone(&log.bytes), Arc::clone(&log.stream));
+        std::thread::spawn(move || {
+            let Ok((accepted, _)) = listener.accept() else { return };
+            let mut source = stream.get_or_init(|| accepted);
+            let mut chunk = [0; 1 << 16];
+            loop {
+                // Looked at first, then taken under the lock: what is not in the socket is in the log.
+                if !matches!(recv(source.as_raw_fd(), &mut chunk[..1], MsgFlags::MSG_PEEK), Ok(1)) {
+                    return;
+                }
+                let mut bytes = bytes.lock().expect("lock");
+                let count = source.read(&mut chunk).unwrap_or(0);
+                bytes.extend_from_slice(&chunk[..count]);
+            }
+        });
+        log
+    }
+
+    /// Whole lines so far, each as stream, tag and text.
+    pub(crate) fn lines(&self) -> Vec<String> {
+        let text = String::from_utf8_lossy(&self.bytes.lock().expect("lock")).into_owned();
+        let lines = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
+        lines.map(|line| line.trim_end_matches('\n').split_once(' ').expect("a time").1.to_owned()).collect()
+    }
+
+    pub(crate) fn texts(&self) -> Vec<String> {
+        self.settle();
+        self.lines().into_iter().map(|line| line.splitn(3, ' ').nth(2).expect("text").to_owned()).collect()
+    }
+
+    /// Waits until all that the agent has sent so far has been collected: it is in the socket by then.
+    pub(crate) fn settle(&self) {
+        eventually("the log's collection", || {
+            let unread = self.stream.get().is_none_or(|stream| {
+                let mut byte = [0];
+                matches!(recv(stream.as_raw_fd(), &mut byte, MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT), Ok(1))
+            });
+            // The collector holds the lock while it has bytes that are not in the log yet.
+            let _collected = self.bytes.lock().expect("lock");
+            (!unread).then_some(())
+        });
+    }
+
+    pub(crate) fn wait_for(&self, text: &str) -> String {
+        eventually(text, || self.lines().into_iter().find(|line| line.contains(text)))
+    }
+}
+
+/// The host's end of an exec or attach.
+pub(crate) struct Session {
+    stream: UnixStream,
+}
+
+impl Session {
+    pub(crate) fn send(&self, message: to_session::Message) {
+        agent_protocol::write(&self.stream, &v1::ToSession { message: Some(message) }).expect("sends");
+    }
+
+    pub(crate) fn next(&self) -> Option<from_session::Message> {
+        agent_protocol::read::<v1::FromSession>(&self.stream).expect("message").and_then(|message| message.message)
+    }
+
+    /// Reads output until it holds `text`.
+    pub(crate) fn wait_for(&self, text: &str) -> String {
+        let mut found = String::new();
+        while !found.contains(text) {
+            match self.next() {
+                Some(from_session::Message::Stdout(bytes) | from_session::Message::Stderr(bytes)) => {
+                    found += &String::from_utf8_lossy(&bytes);
+                }
+                other => panic!("{text:?} did not come, but {other:?} after {found:?}"),
+            }
+        }
+        found
+    }
+
+    pub(crate) fn finish(self) -> (v1::Exit, String, String) {
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        loop {
+            match self.next().expect("an exit before the end") {
+                from_session::Message::Stdout(bytes) => out.extend(bytes),
+                from_session::Message::Stderr(bytes) => err.extend(bytes),
+                from_session::Message::Exit(exit) => {
+                    assert!(self.next().is_none(), "nothing follows the exit");
+                    let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+                    return (exit, text(&out), text(&err));
+                }
+            }
+        }
+    }
+}
+
+/// A container that runs a shell script.
+pub(crate) fn container(id: &str, script: &str) -> v1::CreateContainer {
+    v1::CreateContainer {
+        id: id.into(),
+        rootfs: Some(v1::Rootfs { layers: vec![image()], read_only: false }),
+        process: Some(v1::Process { capabilities: Some(default_capabilities()), ..sh(script) }),
+        masked_paths: ["/proc/kcore", "/proc/acpi", "/sys/firmware"].map(str::to_owned).into(),
+        readonly_paths: ["/proc/sys", "/proc/sysrq-trigger"].map(str::to_owned).into(),
+        ..v1::CreateContainer::default()
+    }
+}
+
+pub(crate) fn sh(script: &str) -> v1::Process {
+    v1::Process { args: ["sh", "-c", script].map(str::to_owned).into(), ..v1::Process::default() }
+}
+
+/// What runtimes give by default.
+pub(crate) fn default_capabilities() -> v1::Capabilities {
+    let names: Vec<String> = [
+        "CHOWN",
+        "DAC_OVERRIDE",
+        "FSETID",
+        "FOWNER",
+        "MKNOD",
+        "NET_RAW",
+        "SETGID",
+        "SETUID",
+        "SETFCAP",
+        "SETPCAP",
+        "NET_BIND_SERVICE",
+        "SYS_CHROOT",
+        "KILL",
+        "AUDIT_WRITE",
+    ]
+    .map(|name| format!("CAP_{name}"))
+    .into();
+    v1::Capabilities {
+        bounding: names.clone(),
+        effective: names.clone(),
+        permitted: names,
+        inheritable: Vec::new(),
+        ambient: Vec::new(),
+    }
+}
+
+pub(crate) fn configuration() -> v1::Configure {
+    v1::Configure { hostname: "pod-a".into(), ..v1::Configure::default() }
+}
