@@ -42,7 +42,10 @@ pub enum Error {
 impl Error {
     /// The same kind of error with more said before its text.
     pub fn context(self, what: impl Display) -> Self {
-        let say = |text: String| format!("{what}: {text}");
+        self.map(|text| format!("{what}: {text}"))
+    }
+
+    fn map(self, say: impl FnOnce(String) -> String) -> Self {
         match self {
             Self::NotFound(text) => Self::NotFound(say(text)),
             Self::AlreadyExists(text) => Self::AlreadyExists(say(text)),
@@ -53,6 +56,11 @@ impl Error {
             Self::Unavailable(text) => Self::Unavailable(say(text)),
             Self::Internal(text) => Self::Internal(say(text)),
         }
+    }
+
+    /// The same kind of error with more said behind its text, if there is more.
+    pub fn context_end(self, what: &str) -> Self {
+        if what.is_empty() { self } else { self.map(|text| format!("{text}: {what}")) }
     }
 
     /// An error of the operating system: a full disk or table is the caller's to know, all else is internal.

@@ -1,10 +1,21 @@
 //! The node side of Pericarp: pods, images and networks, and the doors through which they are asked for.
 
+mod agent;
+mod cgroup;
 pub mod cli;
+mod clock;
+mod control;
 pub mod error;
 pub mod image;
 pub mod network;
 pub mod pod;
+mod record;
+mod scratch;
+pub mod spawner;
 pub mod spec;
+mod undo;
+mod vmm;
+mod watched;
 
+pub use agent::{Session, SessionOutput};
 pub use error::{Error, Result};

@@ -1,9 +1,14 @@
 //! What the core must be told of its host: paths, sizes and nothing else. The daemon's configuration file and the
 //! command line both produce it.
 
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+
+use crate::error::{IoContext, Result};
 
 /// Paths and choices of the core. Every path is absolute.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -79,6 +84,15 @@ impl PodDir {
     /// The directory itself.
     pub fn path(&self) -> &Path {
         &self.0
+    }
+
+    /// A path to a name in the directory that fits a socket address however deep the directory is (unix(7) allows
+    /// 107 bytes); good while the descriptor is held.
+    pub fn reach(&self, name: &Path) -> Result<(OwnedFd, PathBuf)> {
+        let directory = File::options().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(&self.0);
+        let directory = OwnedFd::from(directory.doing(|| format!("opening {}", self.0.display()))?);
+        let path = Path::new("/proc/self/fd").join(directory.as_raw_fd().to_string());
+        Ok((directory, path.join(name.file_name().unwrap_or_default())))
     }
 
     /// What may exist of the pod, and what is known of it.

@@ -4,100 +4,268 @@
 //! Reading a status never waits for an operation.
 
 mod config;
+mod container;
+mod context;
+mod exec;
+mod files;
+mod message;
+mod owner;
+mod size;
+mod start;
 mod status;
+mod sweep;
+mod table;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
+
+use tokio::sync::watch;
+use vmm_control::{Command, Reply};
 
 pub use config::{CoreConfig, PodDir};
 pub use status::{ContainerState, ContainerStatus, ExecOutput, Moment, PodState, PodStatus};
 
+use context::{Context, blocking};
+
+use crate::agent::Session;
 use crate::error::{Error, Result};
+use crate::image::Store;
+use crate::network::Network;
+use crate::spawner::Spawner;
 use crate::spec::{ContainerSpec, PodSpec};
+use table::{Pod, Table};
+
+/// How long a container may take to be gone after SIGKILL.
+const KILL_LIMIT: Duration = Duration::from_secs(30);
 
 /// All pods of the node. Cheap to clone; every clone is the same table.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Pods {
-    config: Arc<CoreConfig>,
+    context: Arc<Context>,
+    table: Table,
 }
 
 impl Pods {
+    /// Claims the state directory, finds the pods again that run, and removes what no record claims.
+    pub async fn open(config: CoreConfig, spawner: Spawner, images: Store, network: Network) -> Result<Self> {
+        let spawner = spawner.connect()?;
+        let context = blocking(move || Context::new(config, spawner, images, network)).await?;
+        let pods = Self { context: Arc::new(context), table: Table::default() };
+        for owner in sweep::sweep(&pods.context).await? {
+            pods.table.adopt(owner);
+        }
+        Ok(pods)
+    }
+
     /// The choices it was opened with.
     pub fn config(&self) -> &CoreConfig {
-        &self.config
+        &self.context.config
     }
 
     /// Starts a pod and returns its id once its agent is configured; on failure nothing is left of it.
-    pub async fn run_pod(&self, _spec: PodSpec) -> Result<String> {
-        Err(unfinished())
+    pub async fn run_pod(&self, spec: PodSpec) -> Result<String> {
+        let id = new_id()?;
+        self.table.reserve(&id, &spec.identity)?;
+        let (context, table, name) = (Arc::clone(&self.context), self.table.clone(), id.clone());
+        let started = tokio::spawn(async move {
+            let started = start::start(context, name.clone(), spec).await;
+            match started {
+                Ok(owner) => {
+                    table.adopt(owner);
+                    Ok(())
+                }
+                Err(error) => {
+                    table.remove(&name);
+                    Err(error)
+                }
+            }
+        });
+        started.await.unwrap_or_else(|error| Err(Error::Internal(format!("starting the pod failed: {error}"))))?;
+        Ok(id)
     }
 
     /// Stops a pod's containers, guest and network. Doing it again, or to a pod that is not there, does nothing.
-    pub async fn stop_pod(&self, _id: &str) -> Result<()> {
-        Err(unfinished())
+    pub async fn stop_pod(&self, id: &str) -> Result<()> {
+        match self.table.pod(id) {
+            Ok(pod) => absent_is_done(pod.run(|owner| Box::pin(owner.stop())).await),
+            Err(error) => absent_is_done(Err(error)),
+        }
     }
 
     /// Stops a pod if need be and forgets it. Doing it again does nothing.
-    pub async fn remove_pod(&self, _id: &str) -> Result<()> {
-        Err(unfinished())
+    pub async fn remove_pod(&self, id: &str) -> Result<()> {
+        match self.table.pod(id) {
+            Ok(pod) => {
+                absent_is_done(pod.run(|owner| Box::pin(owner.remove())).await)?;
+                // Its owner does so as well, a moment later: who asks next shall not see it.
+                self.table.remove(pod.id());
+                Ok(())
+            }
+            Err(error) => absent_is_done(Err(error)),
+        }
     }
 
     /// One pod, by its id or a prefix of it that no other has.
     pub fn pod(&self, id: &str) -> Result<Arc<PodStatus>> {
-        Err(Error::NotFound(format!("no pod {id}")))
+        Ok(self.table.pod(id)?.status())
     }
 
     /// Every pod that has been started.
     pub fn pods(&self) -> Vec<Arc<PodStatus>> {
-        Vec::new()
+        self.table.statuses()
     }
 
     /// Makes a container in a pod, not yet running, and returns its id.
-    pub async fn create_container(&self, _pod: &str, _spec: ContainerSpec) -> Result<String> {
-        Err(unfinished())
+    pub async fn create_container(&self, pod: &str, spec: ContainerSpec) -> Result<String> {
+        let id = new_id()?;
+        let name = id.clone();
+        self.table.pod(pod)?.run(move |owner| Box::pin(owner.create_container(name, spec))).await?;
+        Ok(id)
     }
 
     /// Runs a container that was created.
-    pub async fn start_container(&self, _id: &str) -> Result<()> {
-        Err(unfinished())
+    pub async fn start_container(&self, id: &str) -> Result<()> {
+        let (pod, container) = self.table.container(id)?;
+        pod.run(move |owner| Box::pin(async move { owner.start_container(&container.id).await })).await
     }
 
     /// Sends a container its stop signal, and SIGKILL when `grace` is over. One that has ended is left alone.
-    pub async fn stop_container(&self, _id: &str, _grace: Duration) -> Result<()> {
-        Err(unfinished())
+    pub async fn stop_container(&self, id: &str, grace: Duration) -> Result<()> {
+        let (pod, container) = self.table.container(id)?;
+        let asked = match container.spec.stop_signal {
+            signal if signal > 0 => signal,
+            _ => libc::SIGTERM,
+        };
+        if !grace.is_zero()
+            && (!pod.signal(&container.id, asked, false).await? || pod.exited(&container.id, grace).await)
+        {
+            return Ok(());
+        }
+        if !pod.signal(&container.id, libc::SIGKILL, true).await? || pod.exited(&container.id, KILL_LIMIT).await {
+            return Ok(());
+        }
+        let limit = KILL_LIMIT.as_secs();
+        Err(Error::DeadlineExceeded(format!("container {id} was killed and has not ended after {limit} s")))
     }
 
     /// Kills a container if need be and forgets it. Doing it again does nothing.
-    pub async fn remove_container(&self, _id: &str) -> Result<()> {
-        Err(unfinished())
+    pub async fn remove_container(&self, id: &str) -> Result<()> {
+        match self.table.container(id) {
+            Ok((pod, container)) => {
+                let removed =
+                    pod.run(move |owner| Box::pin(async move { owner.remove_container(&container.id).await }));
+                absent_is_done(removed.await)
+            }
+            Err(error) => absent_is_done(Err(error)),
+        }
     }
 
     /// One container, by its id or a prefix of it that no other has.
     pub fn container(&self, id: &str) -> Result<ContainerStatus> {
-        Err(Error::NotFound(format!("no container {id}")))
+        Ok(self.table.container(id)?.1)
     }
 
     /// Every container.
     pub fn containers(&self) -> Vec<ContainerStatus> {
-        Vec::new()
+        self.pods().iter().flat_map(|pod| pod.containers.values().cloned()).collect()
+    }
+
+    /// Waits for a container's end and returns how it ended.
+    pub async fn wait_container(&self, id: &str) -> Result<ContainerStatus> {
+        let (pod, container) = self.table.container(id)?;
+        pod.until(|status| !runs(status, &container.id)).await?;
+        self.container(&container.id)
     }
 
     /// Runs a command in a container to its end; `timeout` kills it (`DeadlineExceeded`), `None` waits for ever.
-    pub async fn exec_sync(&self, _id: &str, _args: Vec<String>, _timeout: Option<Duration>) -> Result<ExecOutput> {
-        Err(unfinished())
+    pub async fn exec_sync(&self, id: &str, args: Vec<String>, timeout: Option<Duration>) -> Result<ExecOutput> {
+        let (pod, container) = self.table.container(id)?;
+        exec::sync(&self.context.config.pod_dir(pod.id()), &container, args, timeout).await
+    }
+
+    /// Runs a command in a container; dropping the session kills it.
+    pub async fn exec(&self, id: &str, args: Vec<String>, terminal: bool, stdin: bool) -> Result<Session> {
+        let (pod, container) = self.table.container(id)?;
+        exec::open(&self.context.config.pod_dir(pod.id()), &container, args, terminal, stdin).await
+    }
+
+    /// Watches a container's own process; its input too, if the container was made with one.
+    pub async fn attach(&self, id: &str, stdin: bool) -> Result<Session> {
+        let (pod, container) = self.table.container(id)?;
+        exec::attach(&self.context.config.pod_dir(pod.id()), &container, stdin).await
     }
 
     /// Goes on with a container's log in a new file of the same name, the old one having been moved away.
-    pub async fn reopen_log(&self, _id: &str) -> Result<()> {
-        Err(unfinished())
+    pub async fn reopen_log(&self, id: &str) -> Result<()> {
+        let (pod, container) = self.table.container(id)?;
+        pod.run(move |owner| Box::pin(async move { owner.reopen_log(&container.id).await })).await
     }
 
     /// The moments of a pod's start, in order of time.
-    pub async fn timeline(&self, _id: &str) -> Result<Vec<Moment>> {
-        Err(unfinished())
+    pub async fn timeline(&self, id: &str) -> Result<Vec<Moment>> {
+        self.table.pod(id)?.run(|owner| Box::pin(async move { Ok(owner.timeline()) })).await
+    }
+
+    /// What a pod's VMM has counted since it started, such as exits by reason.
+    pub async fn counters(&self, id: &str) -> Result<BTreeMap<String, u64>> {
+        match self.ask_vmm(id, &Command::Counters).await? {
+            Reply::Counters(counters) => Ok(counters),
+            _ => Err(Error::Internal("the VMM gave an answer that does not fit".into())),
+        }
+    }
+
+    /// What a pod's guest printed on its console from byte `from` on, and the byte to go on from.
+    pub async fn console(&self, id: &str, from: u64) -> Result<(u64, String)> {
+        match self.ask_vmm(id, &Command::Console { from }).await? {
+            Reply::Console { next, text } => Ok((next, text)),
+            _ => Err(Error::Internal("the VMM gave an answer that does not fit".into())),
+        }
+    }
+
+    async fn ask_vmm(&self, id: &str, command: &Command) -> Result<Reply> {
+        let pod = self.table.pod(id)?;
+        if pod.status().vmm_pid.is_none() {
+            return Err(Error::FailedPrecondition(format!("pod {id} does not run")));
+        }
+        crate::control::ask(&self.context.config.pod_dir(pod.id()), command, &[]).await
     }
 }
 
-fn unfinished() -> Error {
-    Error::Unavailable("pods cannot be run by this build".into())
+/// What is asked to be gone and is not there is as it should be (CRI: stop and remove are idempotent).
+fn absent_is_done(result: Result<()>) -> Result<()> {
+    match result {
+        Err(Error::NotFound(_)) => Ok(()),
+        other => other,
+    }
+}
+
+/// 64 hexadecimal digits that nothing else has.
+fn new_id() -> Result<String> {
+    Ok(start::seed()?.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+fn runs(status: &PodStatus, container: &str) -> bool {
+    status.containers.get(container).is_some_and(|container| container.state == ContainerState::Running)
+}
+
+impl Pod {
+    /// Signals a container in its pod's turn; whether there was anything to signal.
+    async fn signal(&self, container: &str, signal: i32, all: bool) -> Result<bool> {
+        let id = container.to_owned();
+        self.run(move |owner| Box::pin(async move { owner.signal_container(&id, signal, all).await })).await
+    }
+
+    /// Whether a container does not run any more, within `limit`.
+    async fn exited(&self, container: &str, limit: Duration) -> bool {
+        tokio::time::timeout(limit, self.until(|status| !runs(status, container))).await.is_ok()
+    }
+
+    /// Waits until the pod's status is as wished; an error if the pod is removed first.
+    async fn until(&self, wished: impl FnMut(&PodStatus) -> bool) -> Result<()> {
+        let mut wished = wished;
+        let mut status: watch::Receiver<Arc<PodStatus>> = self.watch();
+        let seen = status.wait_for(|status| wished(status)).await;
+        seen.map(drop).map_err(|_| Error::NotFound("the pod has been removed".into()))
+    }
 }

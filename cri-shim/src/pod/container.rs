@@ -1,0 +1,261 @@
+//! Operations on containers that run in their pod's turn.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use agent_protocol::v1;
+use vmm_control::{Command, Extent};
+
+use super::context::{blocking, chain};
+use super::message;
+use super::owner::Owner;
+use crate::agent::Call;
+use crate::clock;
+use crate::control;
+use crate::error::{Error, IoContext, Result};
+use crate::image;
+use crate::record::{ContainerRecord, DiskRecord, Life, LogRecord};
+use crate::spec::{ContainerSpec, MountSource, Rootfs};
+
+/// Longest time for the agent to make a container: mounts and copies.
+const CREATE_LIMIT: Duration = Duration::from_secs(60);
+
+/// Longest time for the agent to run, signal or remove one.
+const CALL_LIMIT: Duration = Duration::from_secs(30);
+
+/// Permission bits of a log file that we make, as other runtimes give it.
+const LOG_MODE: u32 = 0o640;
+
+/// Exit code and reason of a container that could not be started, as other runtimes give them.
+const START_ERROR_CODE: i32 = 128;
+const START_ERROR: &str = "StartError";
+
+impl Owner {
+    /// Makes a container. On failure nothing is left of it.
+    pub(super) async fn create_container(&mut self, id: String, spec: ContainerSpec) -> Result<()> {
+        self.agent()?;
+        if spec.process.args.is_empty() {
+            return Err(Error::InvalidArgument("no command: neither the container nor its image names one".into()));
+        }
+        let same = |other: &ContainerRecord| other.spec.name == spec.name && other.spec.attempt == spec.attempt;
+        if !spec.name.is_empty() && self.record.containers.values().any(same) {
+            let text = format!("container {} (attempt {}) is there already: remove it first", spec.name, spec.attempt);
+            return Err(Error::AlreadyExists(text));
+        }
+        let log = self.plan_log(&spec)?;
+        let Rootfs::Image(image_id) = spec.rootfs.clone();
+        let life = Life::Creating;
+        let created_at_ns = clock::realtime_ns();
+        let container = ContainerRecord { spec: Arc::new(spec), created_at_ns, image_id, log, life };
+        self.record.containers.insert(id.clone(), container.clone());
+        let made = self.make_container(&id, &container).await;
+        match &made {
+            Ok(()) => self.set_life(&id, Life::Created),
+            Err(_) => self.unmake_container(&id).await,
+        }
+        self.save()?;
+        made
+    }
+
+    async fn make_container(&mut self, id: &str, container: &ContainerRecord) -> Result<()> {
+        self.save()?;
+        for image in images_of(&container.spec) {
+            self.map_image(image).await?;
+        }
+        if let Some(log) = &container.log {
+            self.open_log(log).await?;
+        }
+        let (record, container, name) = (self.record.clone(), container.clone(), id.to_owned());
+        let create = blocking(move || message::create_container(&record, &name, &container)).await?;
+        self.agent()?.tell(Call::CreateContainer(create), CREATE_LIMIT).await
+    }
+
+    /// Takes back what [`Owner::make_container`] may have made; an image stays mapped for the next container.
+    pub(super) async fn unmake_container(&mut self, id: &str) {
+        let gone = self.remove_from_guest(id).await;
+        if let Err(error) = gone {
+            tracing::warn!(pod = self.record.id, container = id, %error, "a container that failed is not quite gone");
+        }
+        self.record.containers.remove(id);
+    }
+
+    /// Puts an image's disks where the guest can mount them, once per pod.
+    async fn map_image(&mut self, image: &str) -> Result<()> {
+        if self.record.disks.iter().any(|disk| disk.image.as_deref() == Some(image)) {
+            return Ok(());
+        }
+        let images = self.context.images.clone();
+        let name = image.to_owned();
+        let (paths, hold) = blocking(move || hold(&images, &name)).await?;
+        let before = self.record.disks.len();
+        for (path, file) in paths.into_iter().zip(&hold.disks) {
+            // The VMM's copy of the descriptor holds the image from then on.
+            if let Err(error) = self.map_disk(image, path, file).await {
+                self.unmap_since(before).await;
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    async fn map_disk(&mut self, image: &str, path: PathBuf, file: &File) -> Result<()> {
+        let bytes = file.metadata().doing(|| format!("looking at {}", path.display()))?.len();
+        let (first_sector, sectors) = self
+            .record
+            .free_extent(bytes)
+            .ok_or_else(|| Error::ResourceExhausted("the pod's disk has no room for another image".into()))?;
+        self.record.disks.push(DiskRecord { first_sector, sectors, file: path, image: Some(image.into()) });
+        self.save()?;
+        let extent = Extent { first_sector, sectors, read_only: true, file: 0 };
+        control::run(&self.dir, &Command::AddDisk(extent), &[file.as_raw_fd()]).await
+    }
+
+    async fn unmap_since(&mut self, count: usize) {
+        for disk in self.record.disks.split_off(count) {
+            // The last one may not have been mapped.
+            let _ = control::run(&self.dir, &Command::RemoveDisk { first_sector: disk.first_sector }, &[]).await;
+        }
+    }
+
+    /// Where a container's log goes; its directory is the caller's to make.
+    fn plan_log(&mut self, spec: &ContainerSpec) -> Result<Option<LogRecord>> {
+        let Some(directory) = self.record.spec.log_directory.clone() else { return Ok(None) };
+        if spec.log_path.as_os_str().is_empty() {
+            return Ok(None);
+        }
+        let path = directory.join(&spec.log_path);
+        if !path.parent().is_some_and(Path::is_dir) {
+            return Err(Error::FailedPrecondition(format!(
+                "the container's log {} cannot be written: its directory does not exist, create it first",
+                path.display()
+            )));
+        }
+        Ok(Some(LogRecord { port: self.record.take_log_port(), path }))
+    }
+
+    async fn open_log(&self, log: &LogRecord) -> Result<()> {
+        let file = File::options().create(true).append(true).mode(LOG_MODE).open(&log.path);
+        let file = file.doing(|| format!("opening the container's log {}", log.path.display()))?;
+        control::run(&self.dir, &Command::SetSink { port: log.port }, &[file.as_raw_fd()]).await
+    }
+
+    /// Runs a container that was created; one that cannot be run counts as exited.
+    pub(super) async fn start_container(&mut self, id: &str) -> Result<()> {
+        let life = self.container(id)?.life.clone();
+        if life != Life::Created {
+            return Err(Error::FailedPrecondition(format!("container {id} has been started already")));
+        }
+        let started_at_ns = clock::realtime_ns();
+        let call = Call::StartContainer(v1::StartContainer { id: id.into() });
+        let started = self.agent()?.tell(call, CALL_LIMIT).await;
+        let life = match &started {
+            Ok(()) => Life::Running { started_at_ns, pid: self.pid_of(id).await },
+            Err(error) => Life::Exited {
+                started_at_ns,
+                finished_at_ns: clock::realtime_ns().max(started_at_ns.saturating_add(1)),
+                code: START_ERROR_CODE,
+                reason: START_ERROR.into(),
+                message: error.to_string(),
+            },
+        };
+        self.set_life(id, life);
+        self.save()?;
+        started
+    }
+
+    /// The first process of a container, in the guest; 0 if it has ended already.
+    async fn pid_of(&self, id: &str) -> u32 {
+        let Ok(agent) = self.agent() else { return 0 };
+        match agent.ask(Call::GetState(v1::GetState {}), CALL_LIMIT).await {
+            Ok(crate::agent::Answer::State(state)) => {
+                state.containers.iter().find(|container| container.id == id).map_or(0, |container| container.pid)
+            }
+            _ => 0,
+        }
+    }
+
+    /// Sends a signal to a container's first process, or to all; whether there was one to send it to.
+    pub(super) async fn signal_container(&mut self, id: &str, signal: i32, all: bool) -> Result<bool> {
+        if !matches!(self.container(id)?.life, Life::Running { .. }) || !self.is_running() {
+            return Ok(false);
+        }
+        let call = Call::SignalContainer(v1::SignalContainer { id: id.into(), signal, all });
+        match self.agent()?.tell(call, CALL_LIMIT).await {
+            // It has just ended; its exit is on the way.
+            Err(Error::NotFound(_) | Error::FailedPrecondition(_)) | Ok(()) => Ok(true),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Kills a container if need be and forgets it.
+    pub(super) async fn remove_container(&mut self, id: &str) -> Result<()> {
+        if !self.record.containers.contains_key(id) {
+            return Ok(());
+        }
+        self.remove_from_guest(id).await?;
+        self.record.containers.remove(id);
+        self.save()
+    }
+
+    async fn remove_from_guest(&self, id: &str) -> Result<()> {
+        if !self.is_running() {
+            return Ok(());
+        }
+        let call = Call::RemoveContainer(v1::RemoveContainer { id: id.into() });
+        match self.agent()?.tell(call, CALL_LIMIT).await {
+            Ok(()) | Err(Error::NotFound(_)) => {}
+            Err(error) => return Err(error),
+        }
+        let Some(log) = self.record.containers.get(id).and_then(|container| container.log.as_ref()) else {
+            return Ok(());
+        };
+        match control::run(&self.dir, &Command::RemoveSink { port: log.port }, &[]).await {
+            // Refused: there was none.
+            Ok(()) | Err(Error::Internal(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Goes on with a log in a new file.
+    pub(super) async fn reopen_log(&mut self, id: &str) -> Result<()> {
+        let Some(log) = self.container(id)?.log.clone() else { return Ok(()) };
+        if !self.is_running() {
+            return Err(Error::FailedPrecondition(format!("container {id} does not run")));
+        }
+        let call = Call::ReopenLog(v1::ReopenLog { id: id.into() });
+        self.agent()?.tell(call, CALL_LIMIT).await?;
+        self.open_log(&log).await
+    }
+
+    fn container(&self, id: &str) -> Result<&ContainerRecord> {
+        self.record.containers.get(id).ok_or_else(|| Error::NotFound(format!("no container {id}")))
+    }
+
+    fn set_life(&mut self, id: &str, life: Life) {
+        if let Some(container) = self.record.containers.get_mut(id) {
+            container.life = life;
+        }
+    }
+}
+
+/// Ids of the images that a container's files come from.
+pub(super) fn images_of(spec: &ContainerSpec) -> Vec<&str> {
+    let Rootfs::Image(root) = &spec.rootfs;
+    let mounted = spec.mounts.iter().filter_map(|mount| match &mount.source {
+        MountSource::Image(image) => Some(image.as_str()),
+        _ => None,
+    });
+    std::iter::once(root.as_str()).chain(mounted).collect()
+}
+
+/// An image's disks, kept from being removed while the hold or a copy of its descriptors lives.
+fn hold(images: &image::Store, id: &str) -> Result<(Vec<PathBuf>, image::Hold)> {
+    let missing = || Error::NotFound(format!("image {id} is not here: pull it first"));
+    let found = images.resolve(id).ok_or_else(missing)?;
+    let hold = images.hold(&found.id).map_err(|error| Error::Internal(chain(&error)))?;
+    Ok((found.disks, hold.ok_or_else(missing)?))
+}

@@ -1,0 +1,157 @@
+//! Files of the host that a container is given as copies: a snapshot at the container's creation, in guest memory.
+//!
+//! Only small trees of regular files, directories and symbolic links; a link is copied, never followed, except for the
+//! mount's own source. Nothing a container writes there reaches the host.
+
+use std::fs::{self, File, Metadata};
+use std::io::{self, Read};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
+
+use agent_protocol::v1::{FileEntry, FileTree};
+
+use crate::error::{Error, IoContext, Result};
+
+/// Most bytes of contents in one tree.
+const TREE_BYTES: u64 = 1 << 20;
+
+/// Most entries in one tree.
+const TREE_ENTRIES: usize = 1024;
+
+/// Deepest directory in one tree.
+const TREE_DEPTH: usize = 32;
+
+/// Permission bits of the files that every container is given.
+const GENERATED_MODE: u32 = libc::S_IFREG | 0o644;
+
+/// A single file with the given bytes.
+pub(super) fn text(content: impl Into<Vec<u8>>) -> FileTree {
+    let entry = FileEntry { mode: GENERATED_MODE, content: content.into(), ..FileEntry::default() };
+    FileTree { entries: vec![entry] }
+}
+
+/// Copies a mount's source. A directory that the container could write to is refused: a copy would lose its writes.
+pub(super) fn snapshot(source: &Path, read_only: bool) -> Result<FileTree> {
+    let found = fs::metadata(source).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => Error::NotFound(format!("the mount's source {} does not exist", source.display())),
+        _ => Error::io(format_args!("the mount's source {}", source.display()), &error),
+    })?;
+    if found.is_dir() && !read_only {
+        return Err(Error::InvalidArgument(format!(
+            "{} is a directory of the host that the container could write to, which this release cannot share with a \
+             guest: mount it read-only, or use the container's own file system",
+            source.display()
+        )));
+    }
+    let mut tree = Tree { entries: Vec::new(), bytes: 0, source };
+    tree.add(source, "", &found, 0)?;
+    Ok(FileTree { entries: tree.entries })
+}
+
+struct Tree<'a> {
+    entries: Vec<FileEntry>,
+    bytes: u64,
+    source: &'a Path,
+}
+
+impl Tree<'_> {
+    fn add(&mut self, at: &Path, path: &str, found: &Metadata, depth: usize) -> Result<()> {
+        if self.entries.len() >= TREE_ENTRIES || depth > TREE_DEPTH {
+            return Err(self.too_large());
+        }
+        let content = if found.is_file() {
+            self.read(at)?
+        } else if found.is_symlink() {
+            fs::read_link(at).doing(|| format!("reading the link {}", at.display()))?.as_os_str().as_bytes().to_vec()
+        } else if found.is_dir() {
+            Vec::new()
+        } else {
+            return Err(Error::InvalidArgument(format!(
+                "{} is neither a file, a directory nor a symbolic link, and cannot be copied into a guest",
+                at.display()
+            )));
+        };
+        let (mode, uid, gid) = (found.mode(), found.uid(), found.gid());
+        self.entries.push(FileEntry { path: path.into(), mode, uid, gid, content });
+        if found.is_dir() { self.add_children(at, path, depth) } else { Ok(()) }
+    }
+
+    fn add_children(&mut self, at: &Path, path: &str, depth: usize) -> Result<()> {
+        let listing = || format!("listing {}", at.display());
+        for entry in fs::read_dir(at).doing(listing)? {
+            let entry = entry.doing(listing)?;
+            let not_text = |_| Error::InvalidArgument(format!("{} is not UTF-8", entry.path().display()));
+            let name = entry.file_name().into_string().map_err(not_text)?;
+            let path = if path.is_empty() { name } else { format!("{path}/{name}") };
+            let found = entry.metadata().doing(|| format!("looking at {}", entry.path().display()))?;
+            self.add(&entry.path(), &path, &found, depth.saturating_add(1))?;
+        }
+        Ok(())
+    }
+
+    /// Reads no more than there is room for, whatever size the file claims, and never waits on a FIFO put in its place.
+    fn read(&mut self, at: &Path) -> Result<Vec<u8>> {
+        let room = TREE_BYTES.saturating_sub(self.bytes);
+        let mut content = Vec::new();
+        let read = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(at);
+        let read = read.and_then(|file| file.take(room.saturating_add(1)).read_to_end(&mut content));
+        let length = read.doing(|| format!("reading {}", at.display()))? as u64;
+        if length > room {
+            return Err(self.too_large());
+        }
+        self.bytes = self.bytes.saturating_add(length);
+        Ok(content)
+    }
+
+    fn too_large(&self) -> Error {
+        Error::InvalidArgument(format!(
+            "{} is more than the 1 MiB and {TREE_ENTRIES} files that this release copies into a guest: put it into the image",
+            self.source.display()
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn a_config_map_is_copied_with_its_links() {
+        let dir = tempfile::tempdir().expect("a directory");
+        fs::create_dir(dir.path().join("..1")).expect("creates");
+        fs::write(dir.path().join("..1/key"), "value").expect("writes");
+        symlink("..1", dir.path().join("..data")).expect("links");
+        symlink("..data/key", dir.path().join("key")).expect("links");
+        let tree = snapshot(dir.path(), true).expect("copies");
+        let content =
+            |path: &str| tree.entries.iter().find(|entry| entry.path == path).map(|entry| entry.content.clone());
+        assert_eq!(content("..1/key").expect("a file"), b"value");
+        assert_eq!(content("..data").expect("a link"), b"..1");
+        assert_eq!(content("key").expect("a link"), b"..data/key");
+        assert_eq!(tree.entries.first().map(|entry| entry.path.as_str()), Some(""));
+        assert!(matches!(snapshot(dir.path(), false), Err(Error::InvalidArgument(_))));
+    }
+
+    #[test]
+    fn a_single_file_may_be_writable_and_a_missing_one_is_told() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = dir.path().join("termination-log");
+        fs::write(&file, "").expect("writes");
+        assert_eq!(snapshot(&file, false).expect("copies").entries.len(), 1);
+        assert!(matches!(snapshot(&dir.path().join("none"), true), Err(Error::NotFound(_))));
+    }
+
+    #[test]
+    fn what_is_too_much_or_no_file_is_refused() {
+        let dir = tempfile::tempdir().expect("a directory");
+        fs::write(dir.path().join("a"), vec![0; 1 << 20]).expect("writes");
+        assert!(snapshot(dir.path(), true).is_ok());
+        fs::write(dir.path().join("b"), "x").expect("writes");
+        assert!(matches!(snapshot(dir.path(), true), Err(Error::InvalidArgument(_))));
+        let zero = Path::new("/dev/zero");
+        assert!(matches!(snapshot(zero, true), Err(Error::InvalidArgument(_))));
+    }
+}

@@ -1,0 +1,278 @@
+//! From what a caller asked for to what the agent is told. Pure translation.
+
+use agent_protocol::v1;
+
+use crate::error::{Error, Result};
+use crate::network::{Attachment, INTERFACE};
+use crate::pod::files;
+use crate::record::{ContainerRecord, DiskRecord, Record};
+use crate::spec::{ContainerSpec, Dns, MountSource, PidNamespace, PodSpec, ProcessSpec, Resources, Rootfs};
+
+/// The guest's NIC, of which there is one.
+const NIC: u32 = 0;
+
+/// What one pod's guest is told first.
+pub(super) fn configure(record: &Record, attachment: &Attachment, realtime_ns: u64, seed: Vec<u8>) -> v1::Configure {
+    let spec = &record.spec;
+    v1::Configure {
+        hostname: hostname(spec).into(),
+        realtime_ns,
+        seed,
+        sysctls: spec.sysctls.clone().into_iter().collect(),
+        interfaces: interface(attachment).into_iter().collect(),
+        routes: attachment.routes.iter().map(route).collect(),
+        neighbours: attachment.neighbours.iter().map(neighbour).collect(),
+        scratch: record.disks.iter().find(|disk| disk.image.is_none()).map(range),
+        shm_bytes: 0,
+        share_pid_namespace: spec.share_pid_namespace,
+    }
+}
+
+/// The name the guest goes by.
+pub(super) fn hostname(spec: &PodSpec) -> &str {
+    if spec.hostname.is_empty() { &spec.identity.name } else { &spec.hostname }
+}
+
+fn interface(attachment: &Attachment) -> Option<v1::Interface> {
+    let interface = &attachment.interface;
+    (!interface.name.is_empty()).then(|| v1::Interface {
+        index: NIC,
+        name: interface.name.clone(),
+        mac: interface.mac.to_vec(),
+        mtu: interface.mtu,
+        addresses: interface.addresses.iter().map(ToString::to_string).collect(),
+    })
+}
+
+fn route(route: &crate::network::Route) -> v1::Route {
+    let address = |address: Option<std::net::IpAddr>| address.map(|address| address.to_string()).unwrap_or_default();
+    v1::Route {
+        destination: if route.destination.prefix == 0 { String::new() } else { route.destination.to_string() },
+        gateway: address(route.gateway),
+        interface: INTERFACE.into(),
+        mtu: route.mtu.unwrap_or(0),
+        priority: route.priority,
+        on_link: route.on_link,
+        source: address(route.source),
+    }
+}
+
+fn neighbour(neighbour: &crate::network::Neighbour) -> v1::Neighbour {
+    v1::Neighbour { interface: INTERFACE.into(), address: neighbour.address.to_string(), mac: neighbour.mac.to_vec() }
+}
+
+/// An extent as the agent knows it.
+pub(super) fn range(disk: &DiskRecord) -> v1::DiskRange {
+    v1::DiskRange { first_sector: disk.first_sector, sectors: disk.sectors }
+}
+
+/// The range of an image that has been mapped for the pod.
+fn image_range(record: &Record, image: &str) -> Result<v1::DiskRange> {
+    let disk = record.disks.iter().find(|disk| disk.image.as_deref() == Some(image));
+    disk.map(range).ok_or_else(|| Error::Internal(format!("image {image} is not on the pod's disk")))
+}
+
+/// What the agent makes a container of. Reads the host files that the container is given copies of.
+pub(super) fn create_container(record: &Record, id: &str, container: &ContainerRecord) -> Result<v1::CreateContainer> {
+    let spec = &container.spec;
+    let Rootfs::Image(image) = &spec.rootfs;
+    let (pid_namespace, pid_target) = pid_namespace(&spec.pid_namespace);
+    Ok(v1::CreateContainer {
+        id: id.into(),
+        rootfs: Some(v1::Rootfs { layers: vec![image_range(record, image)?], read_only: spec.read_only_rootfs }),
+        process: Some(process(&spec.process)),
+        mounts: mounts(record, spec)?,
+        resources: Some(resources(&spec.resources)),
+        stdio: Some(v1::Stdio {
+            log_port: container.log.as_ref().map_or(0, |log| log.port),
+            stdin: spec.stdin,
+            stdin_once: spec.stdin_once,
+        }),
+        pid_namespace: pid_namespace.into(),
+        pid_target,
+        masked_paths: spec.masked_paths.clone(),
+        readonly_paths: spec.readonly_paths.clone(),
+        devices: spec.devices.iter().map(device).collect(),
+        privileged: spec.privileged,
+    })
+}
+
+fn pid_namespace(asked: &PidNamespace) -> (v1::PidNamespace, String) {
+    match asked {
+        PidNamespace::Container => (v1::PidNamespace::Container, String::new()),
+        PidNamespace::Pod => (v1::PidNamespace::Pod, String::new()),
+        PidNamespace::Node => (v1::PidNamespace::Node, String::new()),
+        PidNamespace::Target(id) => (v1::PidNamespace::Target, id.clone()),
+    }
+}
+
+fn process(process: &ProcessSpec) -> v1::Process {
+    let capabilities = &process.capabilities;
+    v1::Process {
+        args: process.args.clone(),
+        env: process.env.clone(),
+        cwd: process.cwd.clone(),
+        user: Some(v1::User {
+            name: process.user.clone(),
+            gid: process.gid,
+            supplemental_groups: process.supplemental_groups.clone(),
+            merge_image_groups: process.merge_image_groups,
+        }),
+        terminal: process.terminal,
+        capabilities: Some(v1::Capabilities {
+            bounding: capabilities.bounding.clone(),
+            effective: capabilities.permitted.clone(),
+            permitted: capabilities.permitted.clone(),
+            inheritable: capabilities.inheritable.clone(),
+            ambient: capabilities.ambient.clone(),
+        }),
+        no_new_privileges: process.no_new_privileges,
+        rlimits: process.rlimits.iter().map(rlimit).collect(),
+        oom_score_adj: process.oom_score_adj,
+        seccomp: process.seccomp.clone(),
+    }
+}
+
+fn rlimit((name, soft, hard): &(String, u64, u64)) -> v1::Rlimit {
+    v1::Rlimit { name: name.clone(), soft: *soft, hard: *hard }
+}
+
+fn device(device: &crate::spec::DeviceSpec) -> v1::Device {
+    v1::Device {
+        path: device.container_path.clone(),
+        guest_path: device.host_path.clone(),
+        access: device.permissions.clone(),
+    }
+}
+
+fn resources(resources: &Resources) -> v1::Resources {
+    v1::Resources {
+        memory_limit: resources.memory_limit.unwrap_or(0),
+        memory_swap_limit: resources.memory_swap_limit.unwrap_or(0),
+        cpu_shares: resources.cpu_shares.unwrap_or(0),
+        cpu_quota: resources.cpu_quota.unwrap_or(0),
+        cpu_period: resources.cpu_period.unwrap_or(0),
+        cpuset_cpus: resources.cpuset_cpus.clone(),
+        cpuset_mems: resources.cpuset_mems.clone(),
+        pids_limit: resources.pids_limit.unwrap_or(0),
+        unified: resources.unified.clone().into_iter().collect(),
+    }
+}
+
+/// A process beside a container's own: as that, with other arguments and terminal. What is left out the agent takes
+/// from the container.
+pub(super) fn exec_process(spec: &ContainerSpec, args: Vec<String>, terminal: bool) -> v1::Process {
+    let (env, cwd) = (spec.process.env.clone(), spec.process.cwd.clone());
+    v1::Process { args, env, cwd, terminal, ..v1::Process::default() }
+}
+
+/// The container's mounts, those asked for and the files every container has, outer ones first.
+fn mounts(record: &Record, spec: &ContainerSpec) -> Result<Vec<v1::Mount>> {
+    let mut mounts = standard_files(record)
+        .into_iter()
+        .filter(|(path, _)| !spec.mounts.iter().any(|mount| mount.destination.trim_end_matches('/') == *path))
+        .map(|(path, text)| v1::Mount {
+            destination: path.into(),
+            source: Some(v1::mount::Source::Files(files::text(text))),
+            read_only: spec.read_only_rootfs,
+        })
+        .collect::<Vec<_>>();
+    for mount in &spec.mounts {
+        let destination = mount.destination.clone();
+        let source = match &mount.source {
+            MountSource::Host(path) => files::snapshot(path, mount.read_only)
+                .map(v1::mount::Source::Files)
+                .map_err(|error| error.context(format_args!("mount {destination}")))?,
+            MountSource::Tmpfs { size, mode } => v1::mount::Source::Tmpfs(v1::Tmpfs { size_bytes: *size, mode: *mode }),
+            MountSource::Image(image) => v1::mount::Source::Image(image_range(record, image)?),
+        };
+        mounts.push(v1::Mount { destination, source: Some(source), read_only: mount.read_only });
+    }
+    mounts.sort_by_key(|mount| mount.destination.split('/').filter(|name| !name.is_empty()).count());
+    Ok(mounts)
+}
+
+/// Files that every container of a pod is given unless it mounts its own.
+fn standard_files(record: &Record) -> [(&'static str, String); 3] {
+    let name = hostname(&record.spec);
+    let mut hosts = String::from("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
+    for address in record.attachment.iter().flat_map(|attachment| &attachment.ips) {
+        hosts.push_str(&format!("{address}\t{name}\n"));
+    }
+    [("/etc/hosts", hosts), ("/etc/hostname", format!("{name}\n")), ("/etc/resolv.conf", resolv_conf(record))]
+}
+
+/// What the pod names, else what the network's plugins gave, else the host's own.
+fn resolv_conf(record: &Record) -> String {
+    let given = |dns: &&Dns| !(dns.servers.is_empty() && dns.searches.is_empty() && dns.options.is_empty());
+    let attached = record.attachment.as_ref().map(|attachment| &attachment.dns);
+    match record.spec.dns.as_ref().filter(given).or(attached.filter(given)) {
+        Some(dns) => resolv_text(dns),
+        None => std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
+    }
+}
+
+/// resolv.conf(5).
+fn resolv_text(dns: &Dns) -> String {
+    let mut text = String::new();
+    if !dns.searches.is_empty() {
+        text.push_str(&format!("search {}\n", dns.searches.join(" ")));
+    }
+    for server in &dns.servers {
+        text.push_str(&format!("nameserver {server}\n"));
+    }
+    if !dns.options.is_empty() {
+        text.push_str(&format!("options {}\n", dns.options.join(" ")));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::record::tests::record;
+    use crate::spec::MountSpec;
+
+    fn spec(mounts: &[(&str, MountSource)]) -> ContainerSpec {
+        let mounts = mounts.iter().map(|(destination, source)| MountSpec {
+            destination: (*destination).into(),
+            source: source.clone(),
+            read_only: true,
+        });
+        ContainerSpec { mounts: mounts.collect(), ..ContainerSpec::default() }
+    }
+
+    #[test]
+    fn outer_mounts_come_first_and_a_container_may_bring_its_own_files() {
+        let tmpfs = MountSource::Tmpfs { size: 0, mode: 0o755 };
+        let spec = spec(&[("/a/b/c", tmpfs.clone()), ("/a", tmpfs.clone()), ("/etc/hosts/", tmpfs)]);
+        let mounts = mounts(&record(), &spec).expect("translates");
+        let order = mounts.iter().map(|mount| mount.destination.as_str()).collect::<Vec<_>>();
+        assert_eq!(order, ["/a", "/etc/hostname", "/etc/resolv.conf", "/etc/hosts/", "/a/b/c"]);
+    }
+
+    #[test]
+    fn name_resolution_is_the_pods_before_the_networks() {
+        let mut record = record();
+        let dns = |server: &str| Dns { servers: vec![server.into()], ..Dns::default() };
+        record.attachment = Some(Attachment { dns: dns("10.0.0.1"), ..Attachment::default() });
+        assert_eq!(resolv_conf(&record), "nameserver 10.0.0.1\n");
+        record.spec = Arc::new(PodSpec { dns: Some(Dns::default()), ..PodSpec::default() });
+        assert_eq!(resolv_conf(&record), "nameserver 10.0.0.1\n", "an empty one says nothing");
+        let full = Dns {
+            servers: vec!["1.1.1.1".into()],
+            searches: vec!["a".into(), "b".into()],
+            options: vec!["x:1".into()],
+        };
+        record.spec = Arc::new(PodSpec { dns: Some(full), ..PodSpec::default() });
+        assert_eq!(resolv_conf(&record), "search a b\nnameserver 1.1.1.1\noptions x:1\n");
+    }
+
+    #[test]
+    fn an_image_that_is_not_mapped_is_an_error() {
+        let source = MountSource::Image("sha256:1".into());
+        assert!(mounts(&record(), &spec(&[("/a", source)])).is_err());
+    }
+}

@@ -1,0 +1,251 @@
+//! From what was asked for to a pod whose agent is configured.
+//!
+//! The order: record; namespace, tap, cgroup, scratch; VMM and network at once; configuration. Whoever calls undoes
+//! all of it by the record if any step fails.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::DirBuilderExt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use vmm_control::{Command, Reply, SECTOR_BYTES};
+
+use super::context::{Context, blocking};
+use super::message;
+use super::owner::{Machine, Owner};
+use super::size::{quota, size};
+use super::{Moment, PodDir};
+use crate::agent::{Agent, Call, Notice};
+use crate::cgroup;
+use crate::clock;
+use crate::control;
+use crate::error::{Error, IoContext, Result};
+use crate::network::{Attachment, Netns};
+use crate::record::{DiskRecord, Phase, RECORD_VERSION, Record};
+use crate::scratch;
+use crate::spec::{NetworkSource, PodSpec};
+use crate::vmm::{Launch, Vmm};
+
+/// Longest boot, from the VMM's start to the agent's Hello; room for a host that starts many at once.
+const BOOT_LIMIT: Duration = Duration::from_secs(60);
+
+/// How soon after its connections a VMM's process ends.
+const END_LIMIT: Duration = Duration::from_secs(1);
+
+/// Longest time for the agent to take the pod's identity on.
+const CONFIGURE_LIMIT: Duration = Duration::from_secs(30);
+
+/// Extents are whole pages.
+const PAGE_BYTES: u64 = 4096;
+
+/// Bytes of randomness that each guest is given.
+const SEED_BYTES: usize = 32;
+
+/// How much of the guest's console is quoted when the agent does not come up, in bytes.
+const CONSOLE_TAIL: usize = 2048;
+
+/// Starts a pod. On failure nothing is left of it.
+pub(super) async fn start(context: Arc<Context>, id: String, spec: PodSpec) -> Result<Owner> {
+    let record = plan(&context, id, spec)?;
+    let undo = context.forget(&record);
+    match make(&context, record).await {
+        Ok(owner) => {
+            undo.disarm();
+            Ok(owner)
+        }
+        Err(error) => {
+            // What could not be undone is logged, and tried again by the next start of the daemon.
+            let _ = undo.run().await;
+            Err(error)
+        }
+    }
+}
+
+/// Decides all that can be decided before anything is made.
+fn plan(context: &Context, id: String, spec: PodSpec) -> Result<Record> {
+    let config = &context.config;
+    let size = size(&spec, config, context.host)?;
+    let cgroup = cgroup::leaf(&spec.cgroup_parent, &config.cgroup_parent, &id)?;
+    let sectors = config.scratch_bytes / PAGE_BYTES * (PAGE_BYTES / SECTOR_BYTES);
+    let scratch = DiskRecord { first_sector: 0, sectors, file: config.scratch_file(&id), image: None };
+    Ok(Record {
+        version: RECORD_VERSION,
+        id,
+        spec: Arc::new(spec),
+        created_at_ns: clock::realtime_ns(),
+        phase: Phase::Starting,
+        cgroup,
+        memory_mib: size.memory_mib,
+        vcpus: size.vcpus,
+        vmm: None,
+        netns: None,
+        attachment: None,
+        guest_kernel: String::new(),
+        disks: vec![scratch],
+        containers: std::collections::BTreeMap::new(),
+        next_log_port: 0,
+        moments: vec![moment("asked_for")],
+    })
+}
+
+fn moment(name: &str) -> Moment {
+    Moment { name: name.into(), at_ns: clock::boottime_ns() }
+}
+
+async fn make(context: &Arc<Context>, mut record: Record) -> Result<Owner> {
+    let dir = context.config.pod_dir(&record.id);
+    fs::DirBuilder::new().mode(0o700).create(dir.path()).doing(|| format!("creating {}", dir.path().display()))?;
+    write(&record, &dir)?;
+    let (shared, planned) = (Arc::clone(context), record.clone());
+    let ground = blocking(move || prepare(&shared, &planned)).await?;
+    record.moments.push(moment("prepared"));
+    let Ground { netns, tap, cgroup, scratch } = ground;
+    record.netns = netns.as_ref().map(|netns| netns.path().to_owned());
+    let scratch = (scratch, record.disks.first().map_or(0, |disk| disk.sectors));
+    let launch = Launch { dir: &dir, memory_mib: record.memory_mib, vcpus: record.vcpus, cgroup, tap, scratch };
+    let vmm = Vmm::launch(&context.spawner, &context.config, launch).await?;
+    record.vmm = Some(vmm.id());
+    record.moments.push(moment("spawned"));
+    write(&record, &dir)?;
+    let together = boot_and_attach(context, &record, &vmm, &dir, netns.as_ref()).await;
+    let (booted, attachment) = match together {
+        Err(Failure::VmEnded) => return Err(Error::Internal(format!("the VM did not start: {}", vmm.cause().await))),
+        Err(Failure::Other(error)) => return Err(error),
+        Ok(both) => both,
+    };
+    let Booted { agent, kernel, notices, moments } = booted;
+    record.guest_kernel = kernel;
+    record.moments.extend(moments);
+    let configure = message::configure(&record, &attachment, realtime(), seed()?);
+    record.attachment = Some(attachment);
+    agent.tell(Call::Configure(configure), CONFIGURE_LIMIT).await.map_err(|error| error.context("the guest"))?;
+    record.moments.push(moment("configured"));
+    record.phase = Phase::Running;
+    let owner = Owner::new(Arc::clone(context), record, Some(Machine { vmm, agent, notices }));
+    owner.save()?;
+    Ok(owner)
+}
+
+fn write(record: &Record, dir: &PodDir) -> Result<()> {
+    record.write(&dir.record()).map_err(|error| Error::Internal(error.to_string()))
+}
+
+/// What a VMM stands on.
+struct Ground {
+    netns: Option<Netns>,
+    tap: Option<OwnedFd>,
+    cgroup: OwnedFd,
+    scratch: OwnedFd,
+}
+
+fn prepare(context: &Context, record: &Record) -> Result<Ground> {
+    let netns = match &record.spec.network {
+        NetworkSource::Cni => Some(context.network.create_netns(&record.id)?),
+        NetworkSource::Netns(path) => Some(Netns::at(path.clone())),
+        NetworkSource::None => None,
+    };
+    let tap = netns.as_ref().map(|netns| context.network.create_tap(netns)).transpose()?;
+    // A pod below a group of the kubelet's has its CPU limit there.
+    let cpu = if record.spec.cgroup_parent.is_empty() { quota(&record.spec) } else { None };
+    let limits = cgroup::Limits { guest_bytes: u64::from(record.memory_mib) << 20, cpu };
+    let cgroup = cgroup::create(&context.config.cgroup_root, &record.cgroup, limits)?;
+    let scratch = scratch::create(&context.template, &context.config.scratch_file(&record.id))?.into();
+    Ok(Ground { netns, tap, cgroup, scratch })
+}
+
+/// An agent that has said Hello.
+struct Booted {
+    agent: Agent,
+    kernel: String,
+    notices: mpsc::Receiver<Notice>,
+    moments: Vec<Moment>,
+}
+
+/// Why a pod did not come up.
+enum Failure {
+    VmEnded,
+    Other(Error),
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::Other(error)
+    }
+}
+
+/// Two things at once. A network that fails ends the wait for the guest; a guest that fails lets the plugins finish,
+/// so that they can be asked to take back what they made.
+async fn boot_and_attach(
+    context: &Context,
+    record: &Record,
+    vmm: &Vmm,
+    dir: &PodDir,
+    netns: Option<&Netns>,
+) -> Result<(Booted, Attachment), Failure> {
+    let mut attach = std::pin::pin!(attach(context, record, netns));
+    let mut boot = std::pin::pin!(boot(vmm, dir));
+    tokio::select! {
+        attached = &mut attach => {
+            let (attachment, attached_at) = attached?;
+            let mut booted = boot.await?;
+            booted.moments.push(attached_at);
+            Ok((booted, attachment))
+        }
+        booted = &mut boot => {
+            let attached = attach.await;
+            let mut booted = booted?;
+            let (attachment, attached_at) = attached?;
+            booted.moments.push(attached_at);
+            Ok((booted, attachment))
+        }
+    }
+}
+
+async fn attach(context: &Context, record: &Record, netns: Option<&Netns>) -> Result<(Attachment, Moment)> {
+    let attachment = match (netns, &record.spec.network) {
+        (Some(netns), NetworkSource::Cni) => context.network.attach(&record.id, &record.spec, netns).await?,
+        (Some(netns), _) => context.network.adopt(netns).await?,
+        (None, _) => Attachment::default(),
+    };
+    Ok((attachment, moment("network_attached")))
+}
+
+async fn boot(vmm: &Vmm, dir: &PodDir) -> Result<Booted, Failure> {
+    let connected = tokio::select! {
+        () = vmm.wait() => return Err(Failure::VmEnded),
+        connected = Agent::connect(dir.clone(), BOOT_LIMIT) => connected,
+    };
+    match connected {
+        Ok((agent, kernel, notices)) => Ok(Booted { agent, kernel, notices, moments: vec![moment("agent_ready")] }),
+        // A connection that breaks is how a VMM's end is heard of first.
+        Err(_) if tokio::time::timeout(END_LIMIT, vmm.wait()).await.is_ok() => Err(Failure::VmEnded),
+        Err(error) => Err(error.context("the guest did not come up").context_end(&console_tail(dir).await).into()),
+    }
+}
+
+/// The end of what the guest printed, for an error text.
+async fn console_tail(dir: &PodDir) -> String {
+    let Ok(Reply::Console { text, .. }) = control::ask(dir, &Command::Console { from: 0 }, &[]).await else {
+        return String::new();
+    };
+    let mut start = text.len().saturating_sub(CONSOLE_TAIL);
+    while !text.is_char_boundary(start) {
+        start = start.saturating_add(1);
+    }
+    text.get(start..).unwrap_or_default().trim().to_owned()
+}
+
+fn realtime() -> u64 {
+    u64::try_from(clock::realtime_ns()).unwrap_or(0)
+}
+
+/// Fresh randomness for one guest.
+pub(super) fn seed() -> Result<Vec<u8>> {
+    let mut seed = vec![0; SEED_BYTES];
+    let read = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut seed));
+    read.doing(|| "reading /dev/urandom")?;
+    Ok(seed)
+}

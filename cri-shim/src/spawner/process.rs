@@ -1,0 +1,228 @@
+//! The spawner itself: one thread, no file system, no network. It waits for a request or for a child's end.
+//!
+//! At its start it moves into namespaces of its own (mount, network, IPC, UTS) with an empty read-only root. Its
+//! children inherit them, so that a VMM reaches neither a file nor an interface of the host, and starting one costs
+//! no new network namespace. Each child gets a PID namespace besides.
+#![expect(unsafe_code, reason = "clone3, execveat and what a child does between them")]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::process::exit;
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::{chdir, pipe2, pivot_root, setsid};
+
+use super::wire::{self, Ended, Report, Request};
+
+/// Any directory that every host has; in our own mount namespace the empty root is mounted over it.
+const ROOT_AT: &str = "/proc";
+
+/// Descriptors are moved above this before they are put where the program wants them.
+const ABOVE_TARGETS: RawFd = 256;
+
+/// clone(2); the libc crate's constant is cut to 32 bits.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+/// argv[0] of a VMM.
+const NAME: &std::ffi::CStr = c"pericarp-vmm";
+
+/// A VMM that runs.
+struct Running {
+    pid: u32,
+    pidfd: OwnedFd,
+}
+
+/// Never returns: ends when the daemon does.
+pub(super) fn main(socket: &OwnedFd) -> ! {
+    let done = isolate().map_err(|error| format!("cannot isolate itself (is it root?): {error}"));
+    let code = match done.and_then(|()| serve(socket).map_err(|error| error.to_string())) {
+        Ok(()) => 0,
+        Err(error) => {
+            eprintln!("pericarp spawner: {error}");
+            1
+        }
+    };
+    exit(code)
+}
+
+/// Leaves the terminal's session and the host's namespaces for an empty read-only root.
+fn isolate() -> nix::Result<()> {
+    setsid()?;
+    unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS)?;
+    const NONE: Option<&str> = None;
+    mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NONE)?;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("none"), ROOT_AT, Some("tmpfs"), flags, Some("size=4k,mode=0555"))?;
+    chdir(ROOT_AT)?;
+    pivot_root(".", ".")?;
+    umount2(".", MntFlags::MNT_DETACH)?;
+    chdir("/")?;
+    mount(NONE, "/", NONE, flags | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY, NONE)
+}
+
+fn serve(socket: &OwnedFd) -> io::Result<()> {
+    let mut running: Vec<Running> = Vec::new();
+    loop {
+        let (asked, ended) = wait(socket, &running)?;
+        for index in ended.into_iter().rev() {
+            let child = running.swap_remove(index);
+            let ended = reap(&child)?;
+            tell(socket, &Report::Ended { pid: child.pid, ended }, &[])?;
+        }
+        if asked {
+            let Some((request, fds)) = wire::recv::<Request>(socket.as_fd())? else { return Ok(()) };
+            match spawn(&request, fds) {
+                Ok(child) => {
+                    let report = Report::Started { id: request.id, pid: child.pid };
+                    tell(socket, &report, &[child.pidfd.as_raw_fd()])?;
+                    running.push(child);
+                }
+                Err(reason) => tell(socket, &Report::Failed { id: request.id, reason }, &[])?,
+            }
+        }
+    }
+}
+
+/// A daemon that has just died is found out at the next receive.
+fn tell(socket: &OwnedFd, report: &Report, fds: &[RawFd]) -> io::Result<()> {
+    match wire::send(socket.as_fd(), report, fds) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        result => result,
+    }
+}
+
+/// Waits until there is a request or an end: whether the socket is readable, and which children have ended.
+fn wait(socket: &OwnedFd, running: &[Running]) -> io::Result<(bool, Vec<usize>)> {
+    let fds = std::iter::once(socket.as_fd()).chain(running.iter().map(|child| child.pidfd.as_fd()));
+    let mut polled: Vec<PollFd<'_>> = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+    loop {
+        match poll(&mut polled, PollTimeout::NONE) {
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+            Ok(_) => break,
+        }
+    }
+    let mut ready = polled.iter().map(|fd| fd.any().unwrap_or(true));
+    let asked = ready.next().unwrap_or(false);
+    Ok((asked, ready.enumerate().filter_map(|(index, ended)| ended.then_some(index)).collect()))
+}
+
+fn reap(child: &Running) -> io::Result<Ended> {
+    match waitid(Id::PIDFd(child.pidfd.as_fd()), WaitPidFlag::WEXITED)? {
+        WaitStatus::Exited(_, code) => Ok(Ended::Exited(code)),
+        WaitStatus::Signaled(_, signal, _) => Ok(Ended::Killed(signal as i32)),
+        other => Err(io::Error::other(format!("a child that has ended is {other:?}"))),
+    }
+}
+
+/// Starts a process in its cgroup; returns once its program is loaded.
+fn spawn(request: &Request, fds: Vec<OwnedFd>) -> Result<Running, String> {
+    let mut fds = fds.into_iter();
+    let (Some(binary), Some(cgroup)) = (fds.next(), fds.next()) else { return Err("no binary or cgroup given".into()) };
+    let binary = move_up(&binary)?;
+    let given = fds.map(|fd| move_up(&fd)).collect::<Result<Vec<_>, String>>()?;
+    if given.len() != request.targets.len() || request.targets.iter().any(|target| !(0..ABOVE_TARGETS).contains(target))
+    {
+        return Err("descriptors and their numbers do not match".into());
+    }
+    let (failed, fails) = pipe2(OFlag::O_CLOEXEC).map_err(|error| format!("pipe: {error}"))?;
+    let fails = move_up(&fails)?;
+    match clone_into(cgroup.as_fd()).map_err(|error| format!("clone3 into the pod's cgroup: {error}"))? {
+        None => {
+            let error = become_program(&binary, &given, &request.targets);
+            // The only reader is the spawner; there is nobody else to tell.
+            let _ = nix::unistd::write(&fails, &(error as i32).to_le_bytes());
+            // SAFETY: ends this process without running what the parent registered for its own exit.
+            unsafe { libc::_exit(127) }
+        }
+        Some(child) => {
+            drop(fails);
+            started(child, &failed)
+        }
+    }
+}
+
+/// Out of the way of the numbers that the program wants.
+fn move_up(fd: &OwnedFd) -> Result<OwnedFd, String> {
+    let moved = fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(ABOVE_TARGETS)).map_err(|error| format!("dup: {error}"))?;
+    // SAFETY: fcntl has just made this descriptor and nobody else holds it.
+    Ok(unsafe { OwnedFd::from_raw_fd(moved) })
+}
+
+/// Learns from the child's pipe whether its program was loaded.
+fn started(child: Running, failed: &OwnedFd) -> Result<Running, String> {
+    let mut word = [0; 4];
+    match nix::unistd::read(failed, &mut word) {
+        // Closed by execveat(2).
+        Ok(0) => Ok(child),
+        result => {
+            let reason = result.map(|_| Errno::from_raw(i32::from_le_bytes(word))).unwrap_or_else(|error| error);
+            let _ = reap(&child);
+            Err(format!("{reason} (is pericarp-vmm there, and statically linked?)"))
+        }
+    }
+}
+
+/// fork(2), but straight into a cgroup and a PID namespace, with a pidfd. `None` in the child.
+fn clone_into(cgroup: BorrowedFd<'_>) -> nix::Result<Option<Running>> {
+    let mut pidfd: RawFd = -1;
+    // SAFETY: all zeroes is a valid clone_args (clone(2)).
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.flags = libc::CLONE_PIDFD as u64 | libc::CLONE_NEWPID as u64 | CLONE_INTO_CGROUP;
+    args.pidfd = &raw mut pidfd as u64;
+    args.exit_signal = libc::SIGCHLD as u64;
+    args.cgroup = cgroup.as_raw_fd() as u64;
+    // SAFETY: args is valid for its length, and pidfd outlives the call. This process has one thread, and without
+    // CLONE_VM the child has a copy of its memory, so both may go on as after fork(2).
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<libc::clone_args>()) };
+    match u32::try_from(pid) {
+        Err(_) => Err(Errno::last()),
+        Ok(0) => Ok(None),
+        // SAFETY: clone3 has just made this descriptor and nobody else holds it.
+        Ok(pid) => Ok(Some(Running { pid, pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) } })),
+    }
+}
+
+/// In the child: puts the descriptors where they belong and becomes the program. Returns only on failure.
+fn become_program(binary: &OwnedFd, given: &[OwnedFd], targets: &[RawFd]) -> Errno {
+    // A session of its own, so that a signal of the daemon's terminal does not reach it.
+    if let Err(error) = setsid() {
+        return error;
+    }
+    for (fd, target) in given.iter().zip(targets) {
+        // SAFETY: every target is below ABOVE_TARGETS and every source above, so no source is overwritten; what a
+        // target replaces belongs to this process, which will not use it again.
+        if unsafe { libc::dup2(fd.as_raw_fd(), *target) } < 0 {
+            return Errno::last();
+        }
+    }
+    let last = targets.iter().copied().max().unwrap_or(2).max(2);
+    // SAFETY: marks, for execveat, all that is not a target; nothing is closed under an owner before that.
+    let marked = unsafe { libc::close_range(last as u32 + 1, u32::MAX, libc::CLOSE_RANGE_CLOEXEC as i32) };
+    if marked < 0 {
+        return Errno::last();
+    }
+    exec(binary)
+}
+
+fn exec(binary: &OwnedFd) -> Errno {
+    let argv = [NAME.as_ptr(), std::ptr::null()];
+    let envp: [*const libc::c_char; 1] = [std::ptr::null()];
+    // SAFETY: argv and envp end with a null and their strings with NUL; the path is empty, so binary is run.
+    unsafe {
+        libc::syscall(
+            libc::SYS_execveat,
+            binary.as_raw_fd(),
+            c"".as_ptr(),
+            argv.as_ptr(),
+            envp.as_ptr(),
+            libc::AT_EMPTY_PATH,
+        );
+    }
+    Errno::last()
+}

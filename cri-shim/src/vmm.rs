@@ -1,0 +1,318 @@
+//! A pod's VMM process: starting it, finding it again, and knowing why it ended.
+//!
+//! It is given everything it needs as open descriptors, and tells what happens in a file that it was given. That file
+//! and the process's pidfd are all this module needs: a daemon that was not there when the VMM ended learns the same.
+
+use std::fs::{self, File};
+use std::io::{self, Seek, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::oneshot;
+use vmm_control::{
+    CONFIG_VERSION, Config, Console, Disk, Event, EventKind, Extent, Net, POD_DISK_BYTES, ShutdownReason, Vsock,
+    read_events,
+};
+
+use crate::error::{Error, IoContext, Result};
+use crate::pod::{CoreConfig, Moment, PodDir};
+use crate::record::VmmRecord;
+use crate::spawner::{Child, Client, Ended, Program};
+use crate::watched::watch;
+
+/// First number of a descriptor beyond the standard three.
+const FIRST_FD: RawFd = 3;
+
+/// How long the spawner's word on an end may take after the pidfd has told it.
+const REPORT_LIMIT: Duration = Duration::from_secs(1);
+
+/// How much of the VMM's standard error is quoted, in bytes.
+const LOG_TAIL: usize = 2048;
+
+/// The address that the NIC announces before the agent gives it the pod's: locally administered.
+const BOOT_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 1];
+
+/// What one VMM is given beside what all get.
+#[derive(Debug)]
+pub(crate) struct Launch<'a> {
+    pub(crate) dir: &'a PodDir,
+    pub(crate) memory_mib: u32,
+    pub(crate) vcpus: u8,
+    pub(crate) cgroup: OwnedFd,
+    /// `None` gives the guest no NIC.
+    pub(crate) tap: Option<OwnedFd>,
+    /// The writable space, and its length in sectors; it is at the pod disk's beginning.
+    pub(crate) scratch: (OwnedFd, u64),
+}
+
+/// A VMM that was running when last seen.
+#[derive(Debug)]
+pub(crate) struct Vmm {
+    id: VmmRecord,
+    pidfd: AsyncFd<OwnedFd>,
+    /// Only if this daemon started it.
+    ended: Option<oneshot::Receiver<Ended>>,
+    dir: PodDir,
+}
+
+impl Vmm {
+    /// Starts a VMM; returns when its program is loaded.
+    pub(crate) async fn launch(spawner: &Client, config: &CoreConfig, launch: Launch<'_>) -> Result<Self> {
+        let dir = launch.dir.clone();
+        let child = spawner.spawn(program(config, launch)?).await?;
+        Self::watch(child, dir)
+    }
+
+    fn watch(child: Child, dir: PodDir) -> Result<Self> {
+        let Child { pid, pidfd, ended } = child;
+        // 0 if it has ended already, which no later process's start is.
+        let start_time = start_time(pid).unwrap_or(0);
+        let pidfd = watch(pidfd).doing(|| "watching the VMM")?;
+        Ok(Self { id: VmmRecord { pid, start_time }, pidfd, ended: Some(ended), dir })
+    }
+
+    /// Finds a VMM that an earlier daemon started; `None` if it has ended.
+    pub(crate) fn adopt(id: VmmRecord, dir: PodDir) -> Result<Option<Self>> {
+        let pidfd = match pidfd_open(id.pid) {
+            Ok(pidfd) => pidfd,
+            Err(Errno::ESRCH | Errno::EINVAL) => return Ok(None),
+            Err(error) => return Err(error).doing(|| "finding the VMM again"),
+        };
+        // Checked after the pidfd is open: from here on the number cannot pass to another process unseen.
+        if start_time(id.pid) != Some(id.start_time) {
+            return Ok(None);
+        }
+        let pidfd = watch(pidfd).doing(|| "watching the VMM")?;
+        Ok(Some(Self { id, pidfd, ended: None, dir }))
+    }
+
+    /// What the record holds of it.
+    pub(crate) fn id(&self) -> VmmRecord {
+        self.id
+    }
+
+    /// Waits until it has ended. May be dropped and called again.
+    pub(crate) async fn wait(&self) {
+        // An error here would be the runtime's own end.
+        let _ = self.pidfd.readable().await;
+    }
+
+    /// Kills it; one that has ended is left alone.
+    pub(crate) fn kill(&self) {
+        #[expect(unsafe_code, reason = "nix has no pidfd_send_signal")]
+        // SAFETY: the descriptor is open; a null siginfo means that of kill(2) (pidfd_send_signal(2)).
+        let result = unsafe {
+            libc::syscall(libc::SYS_pidfd_send_signal, self.pidfd.as_raw_fd(), libc::SIGKILL, std::ptr::null::<u8>(), 0)
+        };
+        if result < 0 && Errno::last() != Errno::ESRCH {
+            tracing::warn!(pid = self.id.pid, error = %Errno::last(), "the VMM cannot be killed");
+        }
+    }
+
+    /// Why it ended, after [`Vmm::wait`].
+    pub(crate) async fn cause(self) -> String {
+        let ended = match self.ended {
+            Some(ended) => tokio::time::timeout(REPORT_LIMIT, ended).await.ok().and_then(Result::ok),
+            None => None,
+        };
+        cause_of(&self.dir, ended)
+    }
+}
+
+/// Why the VMM of a directory ended, from the events it left and, where known, how the process ended: a sentence for
+/// people, and after a panic the end of the guest's console.
+pub(crate) fn cause_of(dir: &PodDir, ended: Option<Ended>) -> String {
+    let events = File::open(dir.events()).and_then(read_events).unwrap_or_default();
+    let log = fs::read(dir.vmm_log()).unwrap_or_default();
+    cause(&events, ended, &String::from_utf8_lossy(&log[log.len().saturating_sub(LOG_TAIL)..]))
+}
+
+fn cause(events: &[Event], ended: Option<Ended>, log: &str) -> String {
+    let console = events.iter().rev().find_map(|event| match &event.kind {
+        EventKind::GuestPanic { console } => Some(console.as_str()),
+        _ => None,
+    });
+    let last = events.last().map(|event| &event.kind);
+    let said = |text: String| if log.trim().is_empty() { text } else { format!("{text}: {}", log.trim()) };
+    let mut message = match (last, ended) {
+        (Some(EventKind::Shutdown { reason }), _) => shutdown_text(reason),
+        (_, Some(Ended::Killed(signal))) => said(format!("the VMM was killed by signal {signal}")),
+        (_, Some(Ended::Exited(code))) => said(format!("the VMM ended with exit code {code}")),
+        (_, None) => said("the VMM was killed or crashed: it left no last word".into()),
+    };
+    if let Some(console) = console {
+        message = format!("{message}; end of the guest's console:\n{}", console.trim_end());
+    }
+    message
+}
+
+fn shutdown_text(reason: &ShutdownReason) -> String {
+    match reason {
+        ShutdownReason::GuestPoweroff => "the guest powered itself off".into(),
+        ShutdownReason::GuestReset => "the guest reset itself".into(),
+        ShutdownReason::GuestPanic => "the guest kernel panicked".into(),
+        ShutdownReason::Requested => "the VM was shut down".into(),
+        ShutdownReason::Fault { message } => format!("the VMM could not go on: {message}"),
+        ShutdownReason::ForbiddenSyscall { thread, syscall } => {
+            format!("the VMM's thread {thread} made system call {syscall}, which its filter forbids")
+        }
+    }
+}
+
+/// The moments of a boot as the VMM noted them.
+pub(crate) fn moments(dir: &PodDir) -> Vec<Moment> {
+    let events = File::open(dir.events()).and_then(read_events).unwrap_or_default();
+    let moment = |event: Event| {
+        let name = match event.kind {
+            EventKind::Started => "vmm_started",
+            EventKind::Configured => "vmm_configured",
+            EventKind::Loaded => "kernel_loaded",
+            EventKind::Booted => "kernel_booted",
+            EventKind::AgentConnected => "agent_connected",
+            EventKind::DeviceNeedsReset { .. } => "device_needs_reset",
+            EventKind::GuestPanic { .. } => "guest_panic",
+            EventKind::Shutdown { .. } => "shutdown",
+        };
+        Moment { name: name.into(), at_ns: event.at_ns }
+    };
+    events.into_iter().map(moment).collect()
+}
+
+/// The binary, configuration and descriptors of a VMM.
+fn program(config: &CoreConfig, launch: Launch<'_>) -> Result<Program> {
+    let open = |path: &Path| File::open(path).doing(|| format!("opening {}", path.display()));
+    let dir = launch.dir;
+    let log = append(&dir.vmm_log())?;
+    let null = File::options().read(true).write(true).open("/dev/null").doing(|| "opening /dev/null")?;
+    let mut fds = Fds(vec![(1, null.into()), (2, log.into())]);
+    let kvm = File::options().read(true).write(true).open("/dev/kvm");
+    let kvm = kvm.map_err(|error| Error::Unavailable(format!("/dev/kvm: {error}: `pericarp check` says more")))?;
+    let (scratch, sectors) = launch.scratch;
+    let extent = Extent { first_sector: 0, sectors, read_only: false, file: fds.give(scratch) };
+    let vmm = Config {
+        version: CONFIG_VERSION,
+        kvm: fds.give(kvm),
+        kernel: fds.give(open(&config.kernel)?),
+        initrd: Some(fds.give(open(&config.initrd)?)),
+        cmdline: config.kernel_cmdline.clone(),
+        vcpus: launch.vcpus,
+        memory_mib: launch.memory_mib,
+        console: Console::Ring,
+        disks: vec![Disk { capacity_bytes: POD_DISK_BYTES, extents: vec![extent] }],
+        nets: launch.tap.map(|tap| Net { tap: fds.give(tap), mac: BOOT_MAC }).into_iter().collect(),
+        vsock: Some(Vsock { listener: fds.give(listener(dir, &dir.vsock(), SockType::Stream)?) }),
+        rng: true,
+        control: Some(fds.give(listener(dir, &dir.control(), SockType::SeqPacket)?)),
+        events: Some(fds.give(append(&dir.events())?)),
+    };
+    fds.0.push((0, document(&vmm)?));
+    Ok(Program { binary: open(&config.vmm)?.into(), cgroup: launch.cgroup, fds: fds.0 })
+}
+
+/// The descriptors of a VMM by number.
+struct Fds(Vec<(RawFd, OwnedFd)>);
+
+impl Fds {
+    /// Gives one the next number.
+    fn give(&mut self, fd: impl Into<OwnedFd>) -> RawFd {
+        let number = self.0.iter().map(|(number, _)| number.saturating_add(1)).max().unwrap_or(0).max(FIRST_FD);
+        self.0.push((number, fd.into()));
+        number
+    }
+}
+
+fn append(path: &Path) -> Result<File> {
+    let file = File::options().create(true).append(true).mode(0o600).open(path);
+    file.doing(|| format!("creating {}", path.display()))
+}
+
+/// The configuration as a file that is read to its end.
+fn document(config: &Config) -> Result<OwnedFd> {
+    let write = || -> io::Result<File> {
+        let mut file = File::from(memfd_create(c"config", MFdFlags::MFD_CLOEXEC)?);
+        serde_json::to_writer(&mut file, config)?;
+        file.flush()?;
+        file.rewind()?;
+        Ok(file)
+    };
+    Ok(write().doing(|| "writing the VMM's configuration")?.into())
+}
+
+/// A listening socket at a path of the pod's directory.
+fn listener(dir: &PodDir, path: &Path, kind: SockType) -> Result<OwnedFd> {
+    let (_directory, reach) = dir.reach(path)?;
+    let make = || -> nix::Result<OwnedFd> {
+        let socket = socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC, None)?;
+        bind(socket.as_raw_fd(), &UnixAddr::new(&reach)?)?;
+        listen(&socket, Backlog::new(libc::SOMAXCONN.min(128))?)?;
+        Ok(socket)
+    };
+    make().doing(|| format!("listening on {}", path.display()))
+}
+
+#[expect(unsafe_code, reason = "nix has no pidfd_open")]
+fn pidfd_open(pid: u32) -> nix::Result<OwnedFd> {
+    // SAFETY: takes two integers (pidfd_open(2)).
+    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+    let fd = RawFd::try_from(fd).map_err(|_| Errno::EBADF)?;
+    // SAFETY: the kernel has just made this descriptor and nobody else holds it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// When a process was started: field 22 of its stat (proc(5)), counted from behind the name, which may hold anything.
+fn start_time(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn event(kind: EventKind) -> Event {
+        Event { at_ns: 0, kind }
+    }
+
+    #[test]
+    fn a_killed_vmm_is_never_a_success() {
+        let events = [event(EventKind::Started), event(EventKind::AgentConnected)];
+        assert_eq!(cause(&events, Some(Ended::Killed(9)), ""), "the VMM was killed by signal 9");
+        assert!(cause(&events, None, "").contains("killed"));
+    }
+
+    #[test]
+    fn a_panic_brings_the_consoles_end() {
+        let panic = event(EventKind::GuestPanic { console: "a\nKernel panic - not syncing\n".into() });
+        let last = event(EventKind::Shutdown { reason: ShutdownReason::GuestPanic });
+        let message = cause(&[panic, last], Some(Ended::Exited(10)), "");
+        assert_eq!(message, "the guest kernel panicked; end of the guest's console:\na\nKernel panic - not syncing");
+    }
+
+    #[test]
+    fn a_vmm_that_never_started_quotes_its_own_words() {
+        let message = cause(&[], Some(Ended::Exited(5)), "pericarp-vmm: KVM lacks x\n");
+        assert_eq!(message, "the VMM ended with exit code 5: pericarp-vmm: KVM lacks x");
+    }
+
+    #[test]
+    fn this_process_is_found_by_number_and_start() {
+        let pid = std::process::id();
+        let start = start_time(pid).expect("proc is mounted");
+        assert!(start > 0);
+        assert!(pidfd_open(pid).expect("it runs").as_raw_fd() > 2);
+        assert_eq!(start_time(u32::MAX), None);
+    }
+
+    #[test]
+    fn descriptors_are_numbered_from_three() {
+        let null = || OwnedFd::from(File::open("/dev/null").expect("opens"));
+        let mut fds = Fds(vec![(1, null()), (2, null())]);
+        assert_eq!([fds.give(null()), fds.give(null())], [3, 4]);
+    }
+}
