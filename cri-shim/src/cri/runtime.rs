@@ -1,0 +1,300 @@
+//! RuntimeService: pods and containers.
+
+use std::collections::HashMap;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
+use tonic::{Request, Response, Status};
+
+use super::proto::runtime_service_server::RuntimeService;
+use super::proto::*;
+use super::{Node, convert, readiness};
+use crate::error::Error;
+
+/// Of this interface, not of this program (CRI `VersionResponse.version`).
+const KUBELET_API_VERSION: &str = "0.1.0";
+const RUNTIME_API_VERSION: &str = "v1";
+const RUNTIME_NAME: &str = "pericarp";
+
+/// Most bytes of each stream that ExecSync answers with, so that both fit in a message.
+const EXEC_OUTPUT_LIMIT: usize = (super::MESSAGE_LIMIT / 2) - 4096;
+
+type Answer<T> = Result<Response<T>, Status>;
+
+/// A stream of a call that is not implemented, and so of nothing.
+type Nothing<T> = tokio_stream::Empty<Result<T, Status>>;
+
+fn answer<T>(message: T) -> Answer<T> {
+    Ok(Response::new(message))
+}
+
+fn unimplemented<T>(call: &str) -> Result<T, Status> {
+    Err(Status::unimplemented(format!("{call} is not implemented yet")))
+}
+
+/// The verbose part of a status: everything that is known, as one JSON document.
+fn info(verbose: bool, value: &impl Serialize) -> Result<HashMap<String, String>, Status> {
+    if !verbose {
+        return Ok(HashMap::new());
+    }
+    let text = serde_json::to_string(value).map_err(|error| Status::internal(error.to_string()))?;
+    Ok(HashMap::from([("info".to_owned(), text)]))
+}
+
+fn now_ns() -> i64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(now.as_nanos()).unwrap_or(i64::MAX)
+}
+
+/// Seconds of a request; less than none is none.
+fn seconds(count: i64) -> Duration {
+    Duration::from_secs(u64::try_from(count).unwrap_or(0))
+}
+
+#[tonic::async_trait]
+impl RuntimeService for Node {
+    async fn version(&self, _: Request<VersionRequest>) -> Answer<VersionResponse> {
+        answer(VersionResponse {
+            version: KUBELET_API_VERSION.to_owned(),
+            runtime_name: RUNTIME_NAME.to_owned(),
+            runtime_version: env!("CARGO_PKG_VERSION").to_owned(),
+            runtime_api_version: RUNTIME_API_VERSION.to_owned(),
+        })
+    }
+
+    async fn status(&self, request: Request<StatusRequest>) -> Answer<StatusResponse> {
+        let handler =
+            |name: &str| RuntimeHandler { name: name.to_owned(), features: Some(RuntimeHandlerFeatures::default()) };
+        let network = self.network.configuration().ok();
+        let info = info(request.get_ref().verbose, &serde_json::json!({"config": self.config, "cni": network}))?;
+        answer(StatusResponse {
+            status: Some(readiness::conditions(self)),
+            info,
+            runtime_handlers: vec![handler(""), handler(&self.handler)],
+            features: Some(RuntimeFeatures { supplemental_groups_policy: true, ..RuntimeFeatures::default() }),
+        })
+    }
+
+    async fn runtime_config(&self, _: Request<RuntimeConfigRequest>) -> Answer<RuntimeConfigResponse> {
+        let linux = LinuxRuntimeConfiguration { cgroup_driver: CgroupDriver::Cgroupfs.into() };
+        answer(RuntimeConfigResponse { linux: Some(linux) })
+    }
+
+    async fn run_pod_sandbox(&self, request: Request<RunPodSandboxRequest>) -> Answer<RunPodSandboxResponse> {
+        let RunPodSandboxRequest { config, runtime_handler } = request.into_inner();
+        let config = convert::required(config, "config")?;
+        let spec = convert::pod_spec(config, &runtime_handler, &self.handler)?;
+        answer(RunPodSandboxResponse { pod_sandbox_id: self.pods.run_pod(spec).await? })
+    }
+
+    async fn stop_pod_sandbox(&self, request: Request<StopPodSandboxRequest>) -> Answer<StopPodSandboxResponse> {
+        self.pods.stop_pod(&request.get_ref().pod_sandbox_id).await?;
+        answer(StopPodSandboxResponse {})
+    }
+
+    async fn remove_pod_sandbox(&self, request: Request<RemovePodSandboxRequest>) -> Answer<RemovePodSandboxResponse> {
+        self.pods.remove_pod(&request.get_ref().pod_sandbox_id).await?;
+        answer(RemovePodSandboxResponse {})
+    }
+
+    async fn pod_sandbox_status(&self, request: Request<PodSandboxStatusRequest>) -> Answer<PodSandboxStatusResponse> {
+        let PodSandboxStatusRequest { pod_sandbox_id, verbose } = request.into_inner();
+        let pod = self.pods.pod(&pod_sandbox_id)?;
+        answer(PodSandboxStatusResponse {
+            status: Some(convert::pod_status(&pod)),
+            info: info(verbose, &*pod)?,
+            containers_statuses: pod.containers.values().map(convert::container_status).collect(),
+            timestamp: now_ns(),
+        })
+    }
+
+    async fn list_pod_sandbox(&self, request: Request<ListPodSandboxRequest>) -> Answer<ListPodSandboxResponse> {
+        let filter = request.get_ref().filter.as_ref();
+        let pods = self.pods.pods();
+        let items = pods.iter().filter(|pod| convert::pod_matches(filter, pod)).map(|pod| convert::pod(pod)).collect();
+        answer(ListPodSandboxResponse { items })
+    }
+
+    async fn create_container(&self, request: Request<CreateContainerRequest>) -> Answer<CreateContainerResponse> {
+        let CreateContainerRequest { pod_sandbox_id, config, sandbox_config: _ } = request.into_inner();
+        let config = convert::required(config, "config")?;
+        let name = convert::required(config.image.as_ref(), "image")?.image.clone();
+        let pod = self.pods.pod(&pod_sandbox_id)?;
+        let image = self.images.resolve(&name).ok_or_else(|| {
+            Error::NotFound(format!("image {name:?} is not on this node: pull it first (crictl pull {name})"))
+        })?;
+        let spec = convert::container_spec(config, &pod.spec, &image, |name| self.images.resolve(name))?;
+        answer(CreateContainerResponse { container_id: self.pods.create_container(&pod.id, spec).await? })
+    }
+
+    async fn start_container(&self, request: Request<StartContainerRequest>) -> Answer<StartContainerResponse> {
+        self.pods.start_container(&request.get_ref().container_id).await?;
+        answer(StartContainerResponse {})
+    }
+
+    async fn stop_container(&self, request: Request<StopContainerRequest>) -> Answer<StopContainerResponse> {
+        let StopContainerRequest { container_id, timeout } = request.into_inner();
+        self.pods.stop_container(&container_id, seconds(timeout)).await?;
+        answer(StopContainerResponse {})
+    }
+
+    async fn remove_container(&self, request: Request<RemoveContainerRequest>) -> Answer<RemoveContainerResponse> {
+        self.pods.remove_container(&request.get_ref().container_id).await?;
+        answer(RemoveContainerResponse {})
+    }
+
+    async fn list_containers(&self, request: Request<ListContainersRequest>) -> Answer<ListContainersResponse> {
+        let filter = request.get_ref().filter.as_ref();
+        let containers = self.pods.containers();
+        let matching = containers.iter().filter(|container| convert::container_matches(filter, container));
+        answer(ListContainersResponse { containers: matching.map(convert::container).collect() })
+    }
+
+    async fn container_status(&self, request: Request<ContainerStatusRequest>) -> Answer<ContainerStatusResponse> {
+        let ContainerStatusRequest { container_id, verbose } = request.into_inner();
+        let container = self.pods.container(&container_id)?;
+        let status = Some(convert::container_status(&container));
+        answer(ContainerStatusResponse { status, info: info(verbose, &container)? })
+    }
+
+    async fn reopen_container_log(
+        &self,
+        request: Request<ReopenContainerLogRequest>,
+    ) -> Answer<ReopenContainerLogResponse> {
+        self.pods.reopen_log(&request.get_ref().container_id).await?;
+        answer(ReopenContainerLogResponse {})
+    }
+
+    async fn exec_sync(&self, request: Request<ExecSyncRequest>) -> Answer<ExecSyncResponse> {
+        let ExecSyncRequest { container_id, cmd, timeout } = request.into_inner();
+        if cmd.is_empty() {
+            return Err(Status::invalid_argument("the command is empty"));
+        }
+        let timeout = Some(seconds(timeout)).filter(|timeout| !timeout.is_zero());
+        let mut output = self.pods.exec_sync(&container_id, cmd, timeout).await?;
+        output.stdout.truncate(EXEC_OUTPUT_LIMIT);
+        output.stderr.truncate(EXEC_OUTPUT_LIMIT);
+        answer(ExecSyncResponse { stdout: output.stdout, stderr: output.stderr, exit_code: output.exit_code })
+    }
+
+    async fn update_container_resources(
+        &self,
+        _: Request<UpdateContainerResourcesRequest>,
+    ) -> Answer<UpdateContainerResourcesResponse> {
+        unimplemented("UpdateContainerResources")
+    }
+
+    async fn update_pod_sandbox_resources(
+        &self,
+        _: Request<UpdatePodSandboxResourcesRequest>,
+    ) -> Answer<UpdatePodSandboxResourcesResponse> {
+        unimplemented("UpdatePodSandboxResources")
+    }
+
+    async fn update_runtime_config(
+        &self,
+        _: Request<UpdateRuntimeConfigRequest>,
+    ) -> Answer<UpdateRuntimeConfigResponse> {
+        unimplemented("UpdateRuntimeConfig")
+    }
+
+    async fn exec(&self, _: Request<ExecRequest>) -> Answer<ExecResponse> {
+        unimplemented("Exec")
+    }
+
+    async fn attach(&self, _: Request<AttachRequest>) -> Answer<AttachResponse> {
+        unimplemented("Attach")
+    }
+
+    async fn port_forward(&self, _: Request<PortForwardRequest>) -> Answer<PortForwardResponse> {
+        unimplemented("PortForward")
+    }
+
+    async fn checkpoint_container(
+        &self,
+        _: Request<CheckpointContainerRequest>,
+    ) -> Answer<CheckpointContainerResponse> {
+        unimplemented("CheckpointContainer")
+    }
+
+    async fn container_stats(&self, _: Request<ContainerStatsRequest>) -> Answer<ContainerStatsResponse> {
+        unimplemented("ContainerStats")
+    }
+
+    async fn list_container_stats(&self, _: Request<ListContainerStatsRequest>) -> Answer<ListContainerStatsResponse> {
+        unimplemented("ListContainerStats")
+    }
+
+    async fn pod_sandbox_stats(&self, _: Request<PodSandboxStatsRequest>) -> Answer<PodSandboxStatsResponse> {
+        unimplemented("PodSandboxStats")
+    }
+
+    async fn list_pod_sandbox_stats(
+        &self,
+        _: Request<ListPodSandboxStatsRequest>,
+    ) -> Answer<ListPodSandboxStatsResponse> {
+        unimplemented("ListPodSandboxStats")
+    }
+
+    async fn list_metric_descriptors(
+        &self,
+        _: Request<ListMetricDescriptorsRequest>,
+    ) -> Answer<ListMetricDescriptorsResponse> {
+        unimplemented("ListMetricDescriptors")
+    }
+
+    async fn list_pod_sandbox_metrics(
+        &self,
+        _: Request<ListPodSandboxMetricsRequest>,
+    ) -> Answer<ListPodSandboxMetricsResponse> {
+        unimplemented("ListPodSandboxMetrics")
+    }
+
+    type StreamPodSandboxesStream = Nothing<StreamPodSandboxesResponse>;
+
+    async fn stream_pod_sandboxes(
+        &self,
+        _: Request<StreamPodSandboxesRequest>,
+    ) -> Answer<Self::StreamPodSandboxesStream> {
+        unimplemented("StreamPodSandboxes")
+    }
+
+    type StreamContainersStream = Nothing<StreamContainersResponse>;
+
+    async fn stream_containers(&self, _: Request<StreamContainersRequest>) -> Answer<Self::StreamContainersStream> {
+        unimplemented("StreamContainers")
+    }
+
+    type StreamContainerStatsStream = Nothing<StreamContainerStatsResponse>;
+
+    async fn stream_container_stats(
+        &self,
+        _: Request<StreamContainerStatsRequest>,
+    ) -> Answer<Self::StreamContainerStatsStream> {
+        unimplemented("StreamContainerStats")
+    }
+
+    type StreamPodSandboxStatsStream = Nothing<StreamPodSandboxStatsResponse>;
+
+    async fn stream_pod_sandbox_stats(
+        &self,
+        _: Request<StreamPodSandboxStatsRequest>,
+    ) -> Answer<Self::StreamPodSandboxStatsStream> {
+        unimplemented("StreamPodSandboxStats")
+    }
+
+    type StreamPodSandboxMetricsStream = Nothing<StreamPodSandboxMetricsResponse>;
+
+    async fn stream_pod_sandbox_metrics(
+        &self,
+        _: Request<StreamPodSandboxMetricsRequest>,
+    ) -> Answer<Self::StreamPodSandboxMetricsStream> {
+        unimplemented("StreamPodSandboxMetrics")
+    }
+
+    type GetContainerEventsStream = Nothing<ContainerEventResponse>;
+
+    async fn get_container_events(&self, _: Request<GetEventsRequest>) -> Answer<Self::GetContainerEventsStream> {
+        unimplemented("GetContainerEvents")
+    }
+}
