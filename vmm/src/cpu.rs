@@ -4,7 +4,7 @@
 //! taken out whatever the host offers. Nothing here depends on the guest.
 
 use kvm_bindings::{
-    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2, kvm_regs, kvm_segment,
+    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2, kvm_regs, kvm_segment, kvm_xcrs,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use thiserror::Error;
@@ -268,6 +268,17 @@ pub fn set_registers(vcpu: &VcpuFd, id: u8, entry: u64) -> Result<(), CpuError> 
         vcpu.set_regs(&regs).map_err(|e| CpuError::Kvm("registers", e))?;
     }
     vcpu.set_sregs(&sregs).map_err(|e| CpuError::Kvm("registers", e))
+}
+
+/// Enables every state that the policy shows, as a kernel does first. A CPU that does not let the hypervisor see the
+/// guest do it (an emulated one) then still states the right sizes in its CPUID.
+pub fn set_states(vcpu: &VcpuFd, policy: &Policy) -> Result<(), CpuError> {
+    let Some(states) = policy.leaves.iter().find(|entry| (entry.function, entry.index) == (XSAVE, 0)) else {
+        return Ok(());
+    };
+    let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..Default::default() };
+    xcrs.xcrs[0].value = u64::from(states.edx) << 32 | u64::from(states.eax);
+    vcpu.set_xcrs(&xcrs).map_err(|e| CpuError::Kvm("extended states", e))
 }
 
 #[cfg(test)]

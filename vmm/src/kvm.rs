@@ -95,6 +95,7 @@ impl Host {
             let vcpu = vm.create_vcpu(id.into()).map_err(|e| KvmError::Call("create a virtual CPU", e))?;
             let tsc_khz = vcpu.get_tsc_khz().unwrap_or(0);
             policy.give(&vcpu, id, tsc_khz)?;
+            crate::cpu::set_states(&vcpu, &policy)?;
             crate::cpu::set_registers(&vcpu, id, entry)?;
             Ok(vcpu)
         };
