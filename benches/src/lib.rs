@@ -1,1 +1,0 @@
-//! Counted benchmarks.
