@@ -276,7 +276,7 @@ mod tests {
     use super::*;
 
     fn event(kind: EventKind) -> Event {
-        Event { at_ns: 0, kind }
+        Event { at_ns: 0, exits: None, kind }
     }
 
     #[test]

@@ -86,6 +86,13 @@ impl Counters {
         Self { stats, exits }
     }
 
+    /// Exits of the guest so far, as KVM counts them.
+    pub fn exits(&self) -> Option<u64> {
+        let mut sum = BTreeMap::new();
+        self.stats.iter().try_for_each(|stats| stats.add_to(&mut sum)).ok()?;
+        sum.get("kvm.exits").copied()
+    }
+
     /// Name → count, CPUs added up.
     pub fn snapshot(&self) -> BTreeMap<String, u64> {
         let mut sum = BTreeMap::new();

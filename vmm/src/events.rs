@@ -23,14 +23,14 @@ impl Events {
         Self { file, past: Vec::new() }
     }
 
-    /// Writes down what happens now.
+    /// Writes down what happens now, before there is a guest.
     pub fn record(&mut self, kind: EventKind) -> &Event {
-        self.record_at(now(), kind)
+        self.record_at(now(), None, kind)
     }
 
-    /// Writes down what happened then. An event file on a full disk loses events, but the VM lives on.
-    pub fn record_at(&mut self, at_ns: u64, kind: EventKind) -> &Event {
-        let event = Event { at_ns, kind };
+    /// Writes down what happened then, `exits` of the guest later. An event file on a full disk loses events, but the VM lives on.
+    pub fn record_at(&mut self, at_ns: u64, exits: Option<u64>, kind: EventKind) -> &Event {
+        let event = Event { at_ns, exits, kind };
         if let Err(error) = self.append(&event) {
             eprintln!("pericarp-vmm: cannot write an event: {error}");
         }

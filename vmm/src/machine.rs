@@ -24,7 +24,7 @@ use crate::counters::Counters;
 use crate::describe;
 use crate::events::Events;
 use crate::memory::GuestRam;
-use crate::notes::{End, Note, Notes, Notifier};
+use crate::notes::{End, Note, Notes, Notifier, now};
 use crate::vcpu::Cpus;
 use crate::virtio::counters::Snapshot;
 use crate::virtio::device::{Backend, DeviceInfo};
@@ -324,11 +324,11 @@ impl<'e> Machine<'e> {
     }
 
     fn record(&mut self, kind: EventKind) {
-        self.server.publish(self.events.record(kind));
+        self.record_at(now(), kind);
     }
 
     fn record_at(&mut self, at: u64, kind: EventKind) {
-        self.server.publish(self.events.record_at(at, kind));
+        self.server.publish(self.events.record_at(at, self.counters.exits(), kind));
     }
 }
 

@@ -67,7 +67,7 @@ fn main() {
 fn run(started: u64) -> Result<i32, StartError> {
     let mut setup = config::read(io::stdin().lock())?;
     let mut events = Events::new(setup.events.take());
-    events.record_at(started, EventKind::Started);
+    events.record_at(started, None, EventKind::Started);
     events.record(EventKind::Configured);
     boot(setup, &mut events).inspect_err(|error| {
         let message = describe(error);

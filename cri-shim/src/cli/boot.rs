@@ -1,17 +1,17 @@
 //! `pericarp boot`: the VMM alone, on any 64-bit kernel, with no pod around it.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, IsTerminal, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use super::terminal::RawTerminal;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 use nix::unistd::{Pid, pipe};
 use vmm_control::{CONFIG_VERSION, Config, Console, Disk, Extent, SECTOR_BYTES};
 
@@ -176,29 +176,5 @@ fn type_to_guest(mut keyboard: File, vmm: Pid) {
                 }
             }
         }
-    }
-}
-
-/// A terminal in raw mode, put back when dropped.
-struct RawTerminal(Termios);
-
-impl RawTerminal {
-    fn enter() -> Result<Option<Self>> {
-        let stdin = io::stdin();
-        if !stdin.is_terminal() {
-            return Ok(None);
-        }
-        let before = tcgetattr(stdin.as_fd())?;
-        let mut raw = before.clone();
-        cfmakeraw(&mut raw);
-        tcsetattr(stdin.as_fd(), SetArg::TCSANOW, &raw)?;
-        Ok(Some(Self(before)))
-    }
-}
-
-impl Drop for RawTerminal {
-    fn drop(&mut self) {
-        // Nothing can be done about a terminal that has gone away.
-        let _ = tcsetattr(io::stdin().as_fd(), SetArg::TCSANOW, &self.0);
     }
 }

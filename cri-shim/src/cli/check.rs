@@ -64,14 +64,22 @@ fn look(config: &Config) -> Vec<Finding> {
     let install = "make install, or name another path in the configuration";
     let mut findings = vec![
         Finding::new("root", root(), "run as root"),
-        Finding::new("KVM", device("/dev/kvm"), "enable virtualisation in the firmware and `modprobe kvm_amd` or `kvm_intel`"),
+        Finding::new(
+            "KVM",
+            device("/dev/kvm"),
+            "enable virtualisation in the firmware and `modprobe kvm_amd` or `kvm_intel`",
+        ),
         Finding::new("tun", device("/dev/net/tun"), "modprobe tun"),
         Finding::new("cgroup v2", cgroup2(&core.cgroup_root), "boot with systemd.unified_cgroup_hierarchy=1"),
         Finding::new("VMM", readable(&core.vmm), install),
         Finding::new("guest kernel", readable(&core.kernel), install),
         Finding::new("initrd", readable(&core.initrd), install),
         Finding::new("mkfs.ext4", program("mkfs.ext4"), "apt-get install e2fsprogs"),
-        Finding::new("CNI configuration", conflist(&config.cni.conf_dir), "install a CNI, or copy deploy/10-pericarp.conflist there"),
+        Finding::new(
+            "CNI configuration",
+            conflist(&config.cni.conf_dir),
+            "install a CNI, or copy deploy/10-pericarp.conflist there",
+        ),
     ];
     for module in ["sch_ingress", "cls_u32", "act_mirred"] {
         findings.push(Finding::new(module, kernel_module(module), format!("modprobe {module}")));
@@ -118,7 +126,10 @@ fn conflist(directory: &Path) -> Result<String, String> {
         .filter(|path| path.extension().is_some_and(|ending| ending == "conflist" || ending == "conf"))
         .collect();
     names.sort();
-    names.first().map(|path| path.display().to_string()).ok_or_else(|| format!("{} holds no .conflist", directory.display()))
+    names
+        .first()
+        .map(|path| path.display().to_string())
+        .ok_or_else(|| format!("{} holds no .conflist", directory.display()))
 }
 
 /// Whether a module is there or can be loaded; built-in ones have no entry under /sys/module, so modprobe decides.
@@ -127,5 +138,9 @@ fn kernel_module(name: &str) -> Result<String, String> {
         return Ok("loaded".into());
     }
     let tried = Command::new("modprobe").arg(name).output().map_err(|error| format!("modprobe: {error}"))?;
-    if tried.status.success() { Ok("loaded".into()) } else { Err(String::from_utf8_lossy(&tried.stderr).trim().to_owned()) }
+    if tried.status.success() {
+        Ok("loaded".into())
+    } else {
+        Err(String::from_utf8_lossy(&tried.stderr).trim().to_owned())
+    }
 }

@@ -3,7 +3,7 @@
 //! What a call means is in [`convert`]; what it does is in [`crate::pod`] and [`crate::image`]. Nothing here owns
 //! state, waits for a VM or knows what a guest is.
 
-mod convert;
+pub(crate) mod convert;
 mod image;
 mod readiness;
 mod runtime;

@@ -9,6 +9,9 @@ use serde::{Deserialize, Serialize};
 pub struct Event {
     /// `CLOCK_BOOTTIME` of the host in nanoseconds.
     pub at_ns: u64,
+    /// Exits of the guest so far, as KVM counts them; `None` before there is a guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exits: Option<u64>,
     /// What happened.
     #[serde(flatten)]
     pub kind: EventKind,
@@ -105,6 +108,7 @@ mod tests {
     fn an_event_survives_its_line() {
         let event = Event {
             at_ns: 7,
+            exits: Some(9),
             kind: EventKind::Shutdown { reason: ShutdownReason::Fault { message: "a \"quoted\"\nline".into() } },
         };
         let line = serde_json::to_string(&event).expect("serializes");
@@ -116,6 +120,6 @@ mod tests {
     fn a_torn_last_line_is_left_out() {
         let text = "{\"at_ns\":1,\"event\":\"started\"}\n{\"at_ns\":2,\"eve";
         let event = last_event(text.as_bytes()).expect("reads");
-        assert_eq!(event, Some(Event { at_ns: 1, kind: EventKind::Started }));
+        assert_eq!(event, Some(Event { at_ns: 1, exits: None, kind: EventKind::Started }));
     }
 }

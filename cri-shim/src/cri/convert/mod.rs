@@ -8,7 +8,7 @@ mod filter;
 mod pod;
 mod process;
 mod resources;
-mod security;
+pub(crate) mod security;
 mod signal;
 mod status;
 

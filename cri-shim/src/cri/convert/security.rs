@@ -91,7 +91,7 @@ const READONLY_PATHS: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/
 /// How a name stands for all of them in add and drop lists.
 const EVERY: &str = "ALL";
 
-pub(super) fn capabilities(context: &LinuxContainerSecurityContext) -> Result<Capabilities> {
+pub(crate) fn capabilities(context: &LinuxContainerSecurityContext) -> Result<Capabilities> {
     let all = || ALL.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
     if context.privileged {
         return Ok(Capabilities { bounding: all(), permitted: all(), ..Capabilities::default() });
@@ -164,7 +164,7 @@ pub(super) fn check_apparmor(context: &LinuxContainerSecurityContext) -> Result<
 }
 
 /// Paths masked and paths read-only. An empty list is one that was not given.
-pub(super) fn paths(context: &LinuxContainerSecurityContext) -> (Vec<String>, Vec<String>) {
+pub(crate) fn paths(context: &LinuxContainerSecurityContext) -> (Vec<String>, Vec<String>) {
     let or = |given: &[String], default: &[&str]| match given {
         [] => default.iter().map(|&path| path.to_owned()).collect(),
         given => given.to_vec(),
