@@ -124,14 +124,15 @@ fn reap(child: &Running) -> io::Result<Ended> {
 fn spawn(request: &Request, fds: Vec<OwnedFd>) -> Result<Running, String> {
     let mut fds = fds.into_iter();
     let (Some(binary), Some(cgroup)) = (fds.next(), fds.next()) else { return Err("no binary or cgroup given".into()) };
-    let binary = move_up(&binary)?;
-    let given = fds.map(|fd| move_up(&fd)).collect::<Result<Vec<_>, String>>()?;
+    let binary = move_up(binary)?;
+    let given = fds.map(move_up).collect::<Result<Vec<_>, String>>()?;
     if given.len() != request.targets.len() || request.targets.iter().any(|target| !(0..ABOVE_TARGETS).contains(target))
     {
         return Err("descriptors and their numbers do not match".into());
     }
     let (failed, fails) = pipe2(OFlag::O_CLOEXEC).map_err(|error| format!("pipe: {error}"))?;
-    let fails = move_up(&fails)?;
+    // Only one writing end may stay open, or its closing would not be seen.
+    let fails = move_up(fails)?;
     match clone_into(cgroup.as_fd()).map_err(|error| format!("clone3 into the pod's cgroup: {error}"))? {
         None => {
             let error = become_program(&binary, &given, &request.targets);
@@ -148,8 +149,8 @@ fn spawn(request: &Request, fds: Vec<OwnedFd>) -> Result<Running, String> {
 }
 
 /// Out of the way of the numbers that the program wants.
-fn move_up(fd: &OwnedFd) -> Result<OwnedFd, String> {
-    let moved = fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(ABOVE_TARGETS)).map_err(|error| format!("dup: {error}"))?;
+fn move_up(fd: impl AsFd) -> Result<OwnedFd, String> {
+    let moved = fcntl(fd.as_fd(), FcntlArg::F_DUPFD_CLOEXEC(ABOVE_TARGETS)).map_err(|error| format!("dup: {error}"))?;
     // SAFETY: fcntl has just made this descriptor and nobody else holds it.
     Ok(unsafe { OwnedFd::from_raw_fd(moved) })
 }
