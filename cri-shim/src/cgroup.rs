@@ -114,6 +114,16 @@ pub(crate) async fn remove(root: &Path, leaf: &str) -> Result<()> {
     }
 }
 
+/// Removes a leaf in which nothing runs; whether it did. One in use may be another runtime's of the same name.
+pub(crate) fn remove_empty(root: &Path, leaf: &str) -> Result<bool> {
+    let at = root.join(leaf.trim_start_matches('/'));
+    match fs::remove_dir(&at) {
+        Ok(()) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(false),
+        Err(error) => Err(Error::io(format_args!("removing cgroup {}", at.display()), &error)),
+    }
+}
+
 /// One controller at a time, so that one the host lacks does not keep the others off; a group that holds processes
 /// refuses (cgroup v2, "no internal processes"), and its children then go without.
 fn enable_controllers(at: &Path) {

@@ -209,6 +209,8 @@ fn own_core(config: &Config) -> Result<OwnCore> {
                 let config = CoreConfig {
                     state_dir: directory.clone(),
                     scratch_dir: config.core.scratch_dir.join("run").join(directory.file_name().unwrap_or_default()),
+                    // Not the daemon's: each sweeps what is in its own.
+                    cgroup_parent: format!("{}/run", config.core.cgroup_parent.trim_end_matches('/')),
                     ..config.core.clone()
                 };
                 return Ok(OwnCore { config, directory, _lock: lock });

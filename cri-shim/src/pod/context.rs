@@ -15,7 +15,7 @@ use crate::scratch;
 use crate::spawner;
 
 /// Held while a process works in a state directory.
-const LOCK: &str = "lock";
+const LOCK: &str = "pods.lock";
 
 /// What all pods share.
 pub(super) struct Context {

@@ -30,9 +30,11 @@ pub(super) async fn open(
     Session::open(dir, v1::open::Kind::Exec(exec)).await
 }
 
-/// Watches a container's own process.
+/// Watches a container's own process; before its start too, so that no output is missed.
 pub(super) async fn attach(dir: &PodDir, container: &ContainerStatus, stdin: bool) -> Result<Session> {
-    must_run(container)?;
+    if container.state != ContainerState::Created {
+        must_run(container)?;
+    }
     let attach = v1::Attach { container_id: container.id.clone(), stdin };
     Session::open(dir, v1::open::Kind::Attach(attach)).await
 }

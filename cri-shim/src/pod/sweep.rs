@@ -156,7 +156,10 @@ async fn remove_unclaimed(context: &Arc<Context>, claimed: &BTreeSet<String>) ->
     for name in names(&parent)? {
         if let Some(id) = cgroup::pod_of(&name).filter(|id| !claimed.contains(*id)) {
             let leaf = format!("{}/{name}", config.cgroup_parent);
-            log(id, "cgroup", cgroup::remove(&config.cgroup_root, &leaf).await);
+            match cgroup::remove_empty(&config.cgroup_root, &leaf) {
+                Ok(false) => tracing::warn!(pod = id, leaf, "something runs in a cgroup that no record claims"),
+                removed => log(id, "cgroup", removed.map(drop)),
+            }
         }
     }
     for id in context.network.pods()?.difference(claimed) {
