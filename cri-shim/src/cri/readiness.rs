@@ -24,6 +24,9 @@ fn condition(name: &str, reason: &str, result: Result<(), String>) -> RuntimeCon
 
 fn runtime(node: &Node) -> Result<(), String> {
     let config = node.pods.config();
+    if !node.pods.spawner_alive() {
+        return Err("the process that starts VMMs has ended: restart pericarpd".to_owned());
+    }
     OpenOptions::new()
         .read(true)
         .write(true)

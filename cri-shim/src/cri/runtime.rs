@@ -71,7 +71,8 @@ impl RuntimeService for Node {
             status: Some(readiness::conditions(self)),
             info,
             runtime_handlers: vec![handler(""), handler(&self.handler)],
-            features: Some(RuntimeFeatures { supplemental_groups_policy: true, ..RuntimeFeatures::default() }),
+            // SupplementalGroupsPolicy is obeyed; the feature means besides that ContainerStatus tells the groups.
+            features: Some(RuntimeFeatures::default()),
         })
     }
 

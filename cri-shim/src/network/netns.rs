@@ -15,6 +15,9 @@ use super::{NetworkError, netlink};
 /// The handle of the calling thread's network namespace (namespaces(7)).
 const OWN_NETNS: &str = "/proc/thread-self/ns/net";
 
+/// Whether new interfaces of the calling thread's namespace look for others that have their addresses (ip-sysctl).
+const ACCEPT_DAD: &str = "/proc/sys/net/ipv6/conf/default/accept_dad";
+
 /// A network namespace that has a name in the file system.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Netns {
@@ -42,6 +45,7 @@ impl Netns {
         let made = in_thread(|| {
             unshare(CloneFlags::CLONE_NEWNET)?;
             mount(Some(OWN_NETNS), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
+            no_duplicate_detection()?;
             netlink::loopback_up()
         });
         if let Err(error) = made {
@@ -81,6 +85,16 @@ impl Netns {
             Ok(work())
         })
         .map_err(|e| NetworkError::io(format!("enter the network namespace {}", self.path.display()), e))
+    }
+}
+
+/// Turns off IPv6 duplicate address detection for interfaces to come in the calling thread's namespace. Plugins would
+/// wait a second or more for it, although it is the guest that will use the address and speaks for it.
+fn no_duplicate_detection() -> io::Result<()> {
+    match fs::write(ACCEPT_DAD, "0") {
+        // A host without IPv6 has nothing to detect.
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
 }
 

@@ -63,6 +63,11 @@ impl Pods {
         &self.context.config
     }
 
+    /// Whether the process that starts VMMs is there.
+    pub fn spawner_alive(&self) -> bool {
+        self.context.spawner.alive()
+    }
+
     /// Starts a pod and returns its id once its agent is configured; on failure nothing is left of it.
     pub async fn run_pod(&self, spec: PodSpec) -> Result<String> {
         let id = new_id()?;

@@ -103,6 +103,12 @@ pub struct Client {
 }
 
 impl Client {
+    /// Whether there is still a spawner to ask.
+    #[must_use]
+    pub fn alive(&self) -> bool {
+        !self.jobs.is_closed()
+    }
+
     /// Starts a program.
     pub async fn spawn(&self, program: Program) -> Result<Child> {
         let gone = || Error::Unavailable("the spawner has ended: restart pericarpd".into());

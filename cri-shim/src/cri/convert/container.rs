@@ -71,7 +71,10 @@ fn pid_namespace(namespaces: &NamespaceOption) -> PidNamespace {
     match namespaces.pid() {
         NamespaceMode::Pod => PidNamespace::Pod,
         NamespaceMode::Container => PidNamespace::Container,
-        NamespaceMode::Node => PidNamespace::Node,
+        NamespaceMode::Node => {
+            tracing::warn!("hostPID shows a container the guest's processes; no pod sees the host's");
+            PidNamespace::Node
+        }
         NamespaceMode::Target => PidNamespace::Target(namespaces.target_id.clone()),
     }
 }
