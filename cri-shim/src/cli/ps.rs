@@ -185,7 +185,8 @@ fn timeline(record: &Record, events: &[Event]) -> Vec<PhaseTime> {
 }
 
 fn ask(found: &Found, command: &Command) -> Result<Reply> {
-    let client = Client::connect(&found.dir.control(), ANSWER_LIMIT).context("the pod's VMM does not run")?;
+    let (_directory, path) = found.dir.reach(&found.dir.control())?;
+    let client = Client::connect(&path, ANSWER_LIMIT).context("the pod's VMM does not run")?;
     Ok(client.ask(command, &[])?)
 }
 
