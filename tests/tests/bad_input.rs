@@ -22,9 +22,9 @@ fn images_that_cannot_be_had() {
     let node = Node::start();
     let before = node.inventory();
     let missing = node.crictl(["pull", "registry.k8s.io/no-such-image:1"]).refused();
-    assert_says(&missing, &["not found", "no-such-image"]);
+    assert_says(&missing, &["NotFound", "no-such-image", "check the name"]);
     let digest = format!("registry.k8s.io/e2e-test-images/busybox@sha256:{}", "0".repeat(64));
-    assert_says(&node.crictl(["pull", &digest]).refused(), &["not found"]);
+    assert_says(&node.crictl(["pull", &digest]).refused(), &["NotFound", "check the name"]);
     assert_says(&node.crictl(["pull", "127.0.0.1:1/nobody/listens:1"]).refused(), &["127.0.0.1:1"]);
     assert_says(&node.crictl(["pull", "UPPER CASE"]).refused(), &["UPPER CASE"]);
     node.inventory().assert_same_as(&before);
