@@ -17,6 +17,8 @@ const READ_BUFFER: usize = 256 << 10;
 const ZSTD_WINDOW_BITS: u32 = 27;
 /// Bytes that tell compressions apart.
 const MAGIC_LEN: u64 = 4;
+/// What a layer may have beside its files' bytes: headers, padding, and whatever follows the archive.
+const MAX_HEADERS: u64 = 8 << 30;
 const GZIP_MAGIC: &[u8] = &[0x1f, 0x8b];
 const ZSTD_MAGIC: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
 /// zstd's skippable frames, less the lowest four bits of the first byte (RFC 8878 §3.1.2).
@@ -89,15 +91,40 @@ fn unpack(unpacker: &mut Unpacker<'_>, layer: Layer) -> Result<(), Error> {
 
 /// Unpacks an archive and reads on to its stream's end, where the digest of the whole is compared.
 fn unpack_blob(unpacker: &mut Unpacker<'_>, diff_id: Digest, blob: &mut dyn Read) -> Result<(), layer::Error> {
-    let plain = decompress(blob).map_err(layer::Error::Read)?;
-    let mut plain = Verified::new(plain, Check::new(diff_id, None));
+    let plain = Verified::new(decompress(blob).map_err(layer::Error::Read)?, Check::new(diff_id, None));
+    let limit = unpacker.limit.saturating_add(MAX_HEADERS);
+    let mut plain = plain.take(limit);
     unpacker.layer(&mut plain)?;
     io::copy(&mut plain, &mut io::sink()).map_err(layer::Error::Read)?;
-    Ok(())
+    if plain.limit() == 0 { Err(layer::Error::Unpacked(unpacker.limit)) } else { Ok(()) }
+}
+
+/// A stream that may have been compressed.
+pub(crate) enum Plain<'a> {
+    Packed(Box<dyn Read + 'a>),
+    AsIs(Box<dyn Read + 'a>),
+}
+
+impl<'a> Plain<'a> {
+    /// The decompressed stream, if it was compressed.
+    pub(crate) fn packed(self) -> Option<Box<dyn Read + 'a>> {
+        match self {
+            Self::Packed(stream) => Some(stream),
+            Self::AsIs(_) => None,
+        }
+    }
+}
+
+impl Read for Plain<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Packed(stream) | Self::AsIs(stream) => stream.read(buf),
+        }
+    }
 }
 
 /// By the first bytes, because media types lie.
-fn decompress<'a>(blob: &'a mut dyn Read) -> io::Result<Box<dyn Read + 'a>> {
+pub(crate) fn decompress<'a>(blob: &'a mut dyn Read) -> io::Result<Plain<'a>> {
     let mut start = vec![];
     blob.take(MAGIC_LEN).read_to_end(&mut start)?;
     let (skippable, rest) = ZSTD_SKIPPABLE;
@@ -105,12 +132,15 @@ fn decompress<'a>(blob: &'a mut dyn Read) -> io::Result<Box<dyn Read + 'a>> {
     let (gzip, zstd) = (start.starts_with(GZIP_MAGIC), start.starts_with(ZSTD_MAGIC) || skips);
     let blob = BufReader::with_capacity(READ_BUFFER, io::Cursor::new(start).chain(blob));
     if gzip {
-        Ok(Box::new(flate2::bufread::MultiGzDecoder::new(blob)))
+        Ok(Plain::Packed(Box::new(flate2::bufread::MultiGzDecoder::new(blob))))
     } else if zstd {
         let mut decoder = zstd::Decoder::with_buffer(blob)?;
         decoder.window_log_max(ZSTD_WINDOW_BITS)?;
-        Ok(Box::new(decoder))
+        Ok(Plain::Packed(Box::new(decoder)))
     } else {
-        Ok(Box::new(blob))
+        Ok(Plain::AsIs(Box::new(blob)))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -132,6 +132,8 @@ pub enum Mismatch {
 pub(crate) struct Verified<R> {
     from: R,
     check: Option<Check>,
+    /// Once found wrong, for ever wrong.
+    wrong: Option<Mismatch>,
 }
 
 /// Checks bytes as they pass.
@@ -178,23 +180,28 @@ impl Check {
 
 impl<R: Read> Verified<R> {
     pub(crate) fn new(from: R, check: Check) -> Self {
-        Self { from, check: Some(check) }
+        Self { from, check: Some(check), wrong: None }
     }
 }
 
 impl<R: Read> Read for Verified<R> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        if let Some(wrong) = &self.wrong {
+            return Err(io::Error::other(wrong.clone()));
+        }
         let read = self.from.read(buf)?;
-        if let Some(check) = &mut self.check {
-            check.update(buf.get(..read).unwrap_or_default()).map_err(io::Error::other)?;
+        let checked = match &mut self.check {
+            Some(check) if read > 0 => check.update(buf.get(..read).unwrap_or_default()),
+            Some(_) if !buf.is_empty() => self.check.take().map_or(Ok(()), Check::finish),
+            _ => Ok(()),
+        };
+        match checked {
+            Ok(()) => Ok(read),
+            Err(wrong) => {
+                self.wrong = Some(wrong.clone());
+                Err(io::Error::other(wrong))
+            }
         }
-        if read == 0
-            && !buf.is_empty()
-            && let Some(check) = self.check.take()
-        {
-            check.finish().map_err(io::Error::other)?;
-        }
-        Ok(read)
     }
 }
 

@@ -62,6 +62,8 @@ pub(crate) struct Descriptor {
     pub(crate) digest: Digest,
     pub(crate) size: u64,
     platform: Option<Platform>,
+    /// Free; an OCI layout has names of images here.
+    pub(crate) annotations: Option<BTreeMap<String, String>>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -128,11 +130,16 @@ fn is_layer(media_type: &str) -> bool {
     [".tar", ".tar+gzip", ".tar.gzip", ".tar+zstd", ".tar.zstd"].iter().any(|end| media_type.ends_with(end))
 }
 
+impl Descriptor {
+    /// Unless it says that it is for another platform.
+    pub(crate) fn may_run(&self) -> bool {
+        self.platform.as_ref().is_none_or(|platform| platform.os == OS && platform.architecture == ARCHITECTURE)
+    }
+}
+
 /// The image of an index that runs in a guest.
 pub(crate) fn for_guest(manifests: &[Descriptor]) -> Result<&Descriptor, Error> {
-    let fits = |descriptor: &&Descriptor| {
-        descriptor.platform.as_ref().is_some_and(|platform| platform.os == OS && platform.architecture == ARCHITECTURE)
-    };
+    let fits = |descriptor: &&Descriptor| descriptor.platform.is_some() && descriptor.may_run();
     // An index of one image need not say its platform; its configuration does.
     let only = || manifests.first().filter(|first| manifests.len() == 1 && first.platform.is_none());
     manifests.iter().find(fits).or_else(only).ok_or_else(|| {

@@ -17,7 +17,9 @@
 mod convert;
 mod digest;
 mod erofs;
+mod import;
 mod index;
+mod kind;
 mod layer;
 mod manifest;
 mod pull;
@@ -39,6 +41,7 @@ pub use store::{Error, FsInfo, Hold, Image, Store, StoreConfig};
 pub mod errors {
     pub use super::convert::Error as Convert;
     pub use super::erofs::Error as Erofs;
+    pub use super::import::Error as Import;
     pub use super::layer::Error as Layer;
     pub use super::manifest::Error as Manifest;
     pub use super::registry::Error as Registry;

@@ -14,13 +14,11 @@ use super::manifest::{Configuration, MAX_CONFIG, Manifest, chain_id};
 use super::reference::Reference;
 use super::registry::{self, Auth, Found, Session, Sink};
 use super::spool::{SpoolWriter, spool};
-use super::store::{Error, Image, Store, is_full};
+use super::store::{Entry, Error, Image, MAX_TRIES, Store, is_full};
 use super::work::Work;
 
 /// Layers downloaded at once.
 const PARALLEL_LAYERS: usize = 3;
-/// How often an image is pulled anew because another process removed its disk at that moment.
-const MAX_TRIES: usize = 3;
 /// Bytes of a UUID.
 const UUID_LEN: usize = 16;
 
@@ -113,30 +111,24 @@ async fn run(
     let failed = |error| Error::Pull(reference.to_string(), error);
     let Found { digest, manifest, session } = store.config().registries.find(reference, auth).await.map_err(failed)?;
     let configuration = configuration(&session, reference, &manifest).await.map_err(failed)?;
-    let tags: Vec<_> = reference.repo_tag().into_iter().collect();
-    let digests = [reference.repo_digest(&digest)];
-    let chain = chain_id(&configuration.diff_ids);
+    let job = Job { store, reference, session: &session, manifest: &manifest, progress };
+    let entry = Entry {
+        id: manifest.config.digest.clone(),
+        chain: chain_id(&configuration.diff_ids),
+        config: configuration.config,
+        tags: reference.repo_tag().into_iter().collect(),
+        digests: vec![reference.repo_digest(&digest)],
+    };
     for _ in 0..MAX_TRIES {
-        let work = if store.has_disk(&chain) {
-            None
-        } else {
-            let work = Work::begin(&store.work_dir(), &chain).await.map_err(|error| store.io(error))?;
-            // Another may have made it while this waited.
-            let job = Job { store, reference, session: &session, manifest: &manifest, progress };
-            if store.has_disk(&chain) { None } else { Some(job.make(work, &configuration.diff_ids, &chain).await?) }
+        let made = match store.begin(&entry.chain).await? {
+            Some(work) => Some(job.make(work, &configuration.diff_ids, &entry.chain).await?),
+            None => None,
         };
-        let (store_, id, chain) = (store.clone(), manifest.config.digest.clone(), chain.clone());
-        let (config, tags, digests) = (configuration.config.clone(), tags.clone(), digests.clone());
-        let commit = move || {
-            let made = work.as_ref().map(Work::disk);
-            store_.commit(&id, &chain, config, (&tags, &digests), made.as_deref())
-        };
-        let image = spawn_blocking(commit).await.map_err(|_| Error::Ending)?;
-        if let Some(image) = image.map_err(|error| store.io(error))? {
+        if let Some(image) = store.commit(&entry, made).await? {
             return Ok(image);
         }
     }
-    Err(store.io(std::io::Error::other("another process removes the image again and again")))
+    Err(store.contended())
 }
 
 async fn configuration(
@@ -176,7 +168,7 @@ impl Job<'_> {
         }
         self.progress.send_replace(PullProgress { layers: shown });
         let (file, uuid) = (work.create_disk().map_err(io)?, uuid(chain));
-        let limit = self.store.config().max_unpacked_mib.saturating_mul(1 << 20);
+        let limit = self.store.unpacked_limit();
         let mut conversion = spawn_blocking(move || convert(layers, file, uuid, limit));
         let mut downloads = std::pin::pin!(self.download(writers));
         let converted = tokio::select! {
@@ -194,7 +186,7 @@ impl Job<'_> {
         };
         match converted.map_err(|_| Error::Ending)? {
             Ok(_) => Ok(work),
-            Err(error) if is_full(&error) => Err(Error::DiskFull(self.store.dir().to_owned(), error.into())),
+            Err(error) if is_full(&error) => Err(self.store.full(error)),
             Err(error) => Err(Error::Unpack(self.reference.to_string(), error)),
         }
     }
@@ -225,7 +217,7 @@ impl Job<'_> {
 }
 
 /// The disk's identity, from what is in it (RFC 9562, version 8).
-fn uuid(chain: &Digest) -> [u8; UUID_LEN] {
+pub(crate) fn uuid(chain: &Digest) -> [u8; UUID_LEN] {
     let digest = Digest::of(format!("pericarp disk of {chain}").as_bytes());
     let mut uuid = [0; UUID_LEN];
     for (byte, pair) in uuid.iter_mut().zip(digest.hex().as_bytes().chunks(2)) {

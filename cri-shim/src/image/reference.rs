@@ -67,3 +67,38 @@ impl fmt::Display for Reference {
         self.0.fmt(f)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+    use super::*;
+
+    #[test]
+    fn names_are_filled_in_as_docker_does() {
+        let full = |text: &str| Reference::parse(text).unwrap().repo_tag().unwrap();
+        assert_eq!(full("busybox"), "docker.io/library/busybox:latest");
+        assert_eq!(full("user/app:1"), "docker.io/user/app:1");
+        assert_eq!(full("docker.io/busybox"), "docker.io/library/busybox:latest");
+        assert_eq!(full("index.docker.io/busybox"), "docker.io/library/busybox:latest");
+        assert_eq!(full("localhost:5000/app"), "localhost:5000/app:latest");
+        assert_eq!(full("registry.k8s.io/pause:3.9"), "registry.k8s.io/pause:3.9");
+        assert_eq!(Reference::parse("busybox").unwrap().address(), "registry-1.docker.io");
+    }
+
+    #[test]
+    fn a_digest_decides() {
+        let digest = Digest::of(b"x");
+        let both = Reference::parse(&format!("busybox:1@{digest}")).unwrap();
+        assert_eq!((both.repo_tag(), both.digest(), both.version()), (None, Some(digest.clone()), digest.as_str()));
+        assert_eq!(both.repo_digest(&digest), format!("docker.io/library/busybox@{digest}"));
+        assert_eq!(Reference::parse(&format!("busybox@{digest}")).unwrap().repo_tag(), None);
+    }
+
+    #[test]
+    fn what_is_no_name_is_refused() {
+        for text in ["", "UPPER", "a b", "a/../b", "x@sha256:12", "http://x/y", "a:b:c", "../etc"] {
+            assert!(Reference::parse(text).is_err(), "{text:?}");
+        }
+    }
+}

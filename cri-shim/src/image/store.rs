@@ -19,6 +19,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
+use tokio::task::spawn_blocking;
 
 use super::convert;
 use super::digest::Digest;
@@ -27,12 +28,14 @@ use super::manifest::ImageConfig;
 use super::pull::{PullProgress, Pulls};
 use super::reference::{BadReference, Reference};
 use super::registry::{self, Auth, RegistryConfig};
-use super::work;
+use super::work::{self, Work};
 
 /// Of the disks' form: another one gets other names.
 const DISK_VERSION: u32 = 1;
 /// `st_blocks` counts these (stat(2)).
 const STAT_BLOCK: u64 = 512;
+/// How often an image is made anew because another process removed its disk at that moment.
+pub(crate) const MAX_TRIES: usize = 3;
 /// Fewest digits of an id that are taken for one.
 const MIN_ID_DIGITS: usize = 6;
 
@@ -48,6 +51,9 @@ pub enum Error {
     /// The image's layers.
     #[error("cannot unpack {0}")]
     Unpack(String, #[source] convert::Error),
+    /// The file it should come from.
+    #[error(transparent)]
+    Import(#[from] super::import::Error),
     /// No room for it.
     #[error(
         "no space left in {0}: remove images that are not needed (crictl rmi --prune), or give the image store a larger disk"
@@ -112,6 +118,16 @@ pub struct FsInfo {
     pub timestamp: i64,
 }
 
+/// An image about to be made.
+#[derive(Clone, Debug)]
+pub(crate) struct Entry {
+    pub(crate) id: Digest,
+    pub(crate) chain: Digest,
+    pub(crate) config: ImageConfig,
+    pub(crate) tags: Vec<String>,
+    pub(crate) digests: Vec<String>,
+}
+
 /// Keeps an image's disks while it lives. A copy of its files, in whatever process, keeps them too.
 #[derive(Debug)]
 pub struct Hold {
@@ -157,6 +173,16 @@ impl Store {
     ) -> Result<Image, Error> {
         let reference = Reference::parse(reference)?;
         self.0.pulls.pull(self.clone(), reference, auth, progress).await
+    }
+
+    /// Brings the images of an OCI layout directory.
+    pub async fn import_layout(&self, path: &Path) -> Result<Vec<Image>, Error> {
+        super::import::import(self, path).await
+    }
+
+    /// Brings the images of an archive: an OCI layout's or one of `docker save`, packed or not.
+    pub async fn import_tar(&self, path: &Path) -> Result<Vec<Image>, Error> {
+        super::import::import(self, path).await
     }
 
     /// The image of a name, an id, or the beginning of one.
@@ -236,24 +262,35 @@ impl Store {
         self.0.dir.join("work")
     }
 
-    /// Whether a chain's disk is there.
-    pub(crate) fn has_disk(&self, chain: &Digest) -> bool {
-        self.disk(chain).exists()
+    /// Most bytes of an image's files.
+    pub(crate) fn unpacked_limit(&self) -> u64 {
+        self.0.config.max_unpacked_mib.saturating_mul(1 << 20)
     }
 
-    /// Makes an image visible. `made` is its disk if that was made for it; `None` comes back if it was not, and meanwhile is gone.
-    pub(crate) fn commit(
-        &self,
-        id: &Digest,
-        chain: &Digest,
-        config: ImageConfig,
-        names: (&[String], &[String]),
-        made: Option<&Path>,
-    ) -> io::Result<Option<Image>> {
+    /// The right to make a chain's disk, once nobody else makes it; `None` if the disk is there.
+    pub(crate) async fn begin(&self, chain: &Digest) -> Result<Option<Work>, Error> {
+        if self.disk(chain).exists() {
+            return Ok(None);
+        }
+        let work = Work::begin(&self.work_dir(), chain).await.map_err(|error| self.io(error))?;
+        // Another may have made it while this waited.
+        Ok(if self.disk(chain).exists() { None } else { Some(work) })
+    }
+
+    /// Makes an image visible, with the disk made for it if there was none. `None` comes back if there was one, and it is gone
+    /// again: begin anew.
+    pub(crate) async fn commit(&self, entry: &Entry, made: Option<Work>) -> Result<Option<Image>, Error> {
+        let (store, entry) = (self.clone(), entry.clone());
+        let committed =
+            spawn_blocking(move || store.commit_now(&entry, made.as_ref())).await.map_err(|_| Error::Ending)?;
+        committed.map_err(|error| self.io(error))
+    }
+
+    fn commit_now(&self, entry: &Entry, made: Option<&Work>) -> io::Result<Option<Image>> {
         let _lock = self.lock()?;
-        let disk = self.disk(chain);
+        let disk = self.disk(&entry.chain);
         if let Some(made) = made {
-            fs::rename(made, &disk)?;
+            fs::rename(made.disk(), &disk)?;
             sync_dir(&self.disks_dir())?;
         }
         let size = match fs::metadata(&disk) {
@@ -262,11 +299,22 @@ impl Store {
             Err(error) => return Err(error),
         };
         let mut index = Index::load(&self.0.dir)?;
-        let record = Record { tags: vec![], digests: vec![], pinned: false, size, chain: chain.clone(), config };
-        index.images.entry(id.clone()).or_insert(record);
-        index.name(id, names.0, names.1);
+        let (chain, config) = (entry.chain.clone(), entry.config.clone());
+        let record = Record { tags: vec![], digests: vec![], pinned: false, size, chain, config };
+        index.images.entry(entry.id.clone()).or_insert(record);
+        index.name(&entry.id, &entry.tags, &entry.digests);
         index.save(&self.0.dir)?;
-        Ok(index.images.get(id).map(|record| self.image(id, record)))
+        Ok(index.images.get(&entry.id).map(|record| self.image(&entry.id, record)))
+    }
+
+    /// An image vanished [`MAX_TRIES`] times while it was made.
+    pub(crate) fn contended(&self) -> Error {
+        self.io(io::Error::other("another process removes the image again and again"))
+    }
+
+    /// The store has no room.
+    pub(crate) fn full(&self, error: impl std::error::Error + Send + Sync + 'static) -> Error {
+        Error::DiskFull(self.0.dir.clone(), error.into())
     }
 
     /// An I/O error of the store, told as what it means.
@@ -276,11 +324,6 @@ impl Store {
         } else {
             Error::Io(self.0.dir.clone(), error)
         }
-    }
-
-    /// The directory of it all.
-    pub(crate) fn dir(&self) -> &Path {
-        &self.0.dir
     }
 
     fn disks_dir(&self) -> PathBuf {

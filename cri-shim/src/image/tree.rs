@@ -368,3 +368,6 @@ pub(crate) fn text(path: &[u8]) -> String {
     const SHOWN: usize = 120;
     path.get(..SHOWN).unwrap_or(path).escape_ascii().to_string()
 }
+
+#[cfg(test)]
+mod tests;

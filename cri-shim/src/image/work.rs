@@ -57,6 +57,14 @@ impl Drop for Work {
     }
 }
 
+/// An empty file without a name, to read back what is written.
+pub(crate) fn scratch(dir: &Path) -> io::Result<File> {
+    let path = dir.join(format!("scratch-{}-{:?}.tmp", std::process::id(), std::thread::current().id()));
+    let file = create(&path)?;
+    fs::remove_file(path)?;
+    Ok(file)
+}
+
 fn create(path: &Path) -> io::Result<File> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),

@@ -1,10 +1,13 @@
 //! Images built in memory, and pushed to a registry.
 
+use std::fs;
 use std::io::Write;
+use std::path::{Path, PathBuf};
 
-use oci_client::client::{ClientConfig, ClientProtocol, Config, ImageLayer};
+use oci_client::client::{Certificate, CertificateEncoding, ClientConfig, ClientProtocol, Config, ImageLayer};
 use oci_client::manifest::OciImageManifest;
 use oci_client::secrets::RegistryAuth;
+use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
 /// How a layer is packed.
@@ -28,16 +31,12 @@ impl Layer {
     pub(crate) fn packed(&self) -> Vec<u8> {
         match self.1 {
             Packing::Plain => self.0.clone(),
-            Packing::Gzip => {
-                let mut encoder = flate2::write::GzEncoder::new(vec![], flate2::Compression::fast());
-                encoder.write_all(&self.0).expect("compressed");
-                encoder.finish().expect("compressed")
-            }
+            Packing::Gzip => gzip(&self.0),
             Packing::Zstd => zstd::encode_all(self.0.as_slice(), 1).expect("compressed"),
         }
     }
 
-    fn media_type(&self, docker: bool) -> &'static str {
+    pub(crate) fn media_type(&self, docker: bool) -> &'static str {
         match (self.1, docker) {
             (Packing::Plain, false) => "application/vnd.oci.image.layer.v1.tar",
             (Packing::Gzip, false) => "application/vnd.oci.image.layer.v1.tar+gzip",
@@ -54,18 +53,18 @@ pub(crate) struct Image {
     /// Docker's schema 2 instead of OCI's.
     pub(crate) docker: bool,
     /// The inner `config`.
-    pub(crate) config: serde_json::Value,
+    pub(crate) config: Value,
 }
 
 impl Image {
     pub(crate) fn new(layers: Vec<Layer>) -> Self {
-        Self { layers, docker: false, config: serde_json::json!({"Cmd": ["/bin/sh"], "Env": ["PATH=/bin"]}) }
+        Self { layers, docker: false, config: json!({"Cmd": ["/bin/sh"], "Env": ["PATH=/bin"]}) }
     }
 
     /// The configuration blob.
     pub(crate) fn config_bytes(&self) -> Vec<u8> {
         let diff_ids: Vec<_> = self.layers.iter().map(|layer| digest(&layer.0)).collect();
-        serde_json::json!({
+        json!({
             "architecture": "amd64", "os": "linux", "config": self.config,
             "rootfs": {"type": "layers", "diff_ids": diff_ids},
         })
@@ -77,11 +76,25 @@ impl Image {
         digest(&self.config_bytes())
     }
 
-    /// Pushes it, and returns the manifest's digest.
+    /// Pushes it by plain HTTP, and returns the manifest's digest.
     pub(crate) async fn push(&self, registry: &str, name: &str, auth: &RegistryAuth) -> String {
+        self.push_with(registry, name, auth, None).await
+    }
+
+    /// Pushes it by HTTPS if a certificate authority is given.
+    pub(crate) async fn push_with(
+        &self,
+        registry: &str,
+        name: &str,
+        auth: &RegistryAuth,
+        ca: Option<String>,
+    ) -> String {
         let _already = rustls::crypto::ring::default_provider().install_default();
+        let protocol = if ca.is_some() { ClientProtocol::Https } else { ClientProtocol::Http };
+        let certificate = |pem: String| Certificate { encoding: CertificateEncoding::Pem, data: pem.into_bytes() };
+        let extra_root_certificates = ca.map(certificate).into_iter().collect();
         let client =
-            oci_client::Client::new(ClientConfig { protocol: ClientProtocol::Http, ..ClientConfig::default() });
+            oci_client::Client::new(ClientConfig { protocol, extra_root_certificates, ..ClientConfig::default() });
         let reference: oci_client::Reference = format!("{registry}/{name}").parse().expect("a name");
         let layers: Vec<_> = self
             .layers
@@ -106,6 +119,64 @@ impl Image {
         client.push(&reference, &layers, config, auth, Some(manifest)).await.expect("the image is pushed");
         client.fetch_manifest_digest(&reference, auth).await.expect("the registry has the manifest")
     }
+
+    /// Writes it as an OCI layout.
+    pub(crate) fn write_layout(&self, dir: &Path, name: Option<&str>) {
+        let blob = |bytes: &[u8], kind: &str| {
+            let digest = digest(bytes);
+            write(&dir.join("blobs").join(digest.replace(':', "/")), bytes);
+            json!({"mediaType": kind, "digest": digest, "size": bytes.len()})
+        };
+        let layers: Vec<_> = self.layers.iter().map(|layer| blob(&layer.packed(), layer.media_type(false))).collect();
+        let config = blob(&self.config_bytes(), "application/vnd.oci.image.config.v1+json");
+        let kind = "application/vnd.oci.image.manifest.v1+json";
+        let manifest = json!({"schemaVersion": 2, "mediaType": kind, "config": config, "layers": layers});
+        let mut entry = blob(manifest.to_string().as_bytes(), kind);
+        if let Some(name) = name {
+            entry["annotations"] =
+                json!({"io.containerd.image.name": name, "org.opencontainers.image.ref.name": "a-tag"});
+        }
+        write(&dir.join("index.json"), json!({"schemaVersion": 2, "manifests": [entry]}).to_string().as_bytes());
+        write(&dir.join("oci-layout"), br#"{"imageLayoutVersion": "1.0.0"}"#);
+    }
+
+    /// Writes what `docker save` puts into its archives, in its older form.
+    pub(crate) fn write_docker(&self, dir: &Path, tags: &[&str]) {
+        let mut layers = vec![];
+        for (number, layer) in self.layers.iter().enumerate() {
+            layers.push(format!("{number}/layer.tar"));
+            write(&dir.join(format!("{number}/layer.tar")), &layer.0);
+        }
+        write(&dir.join("config.json"), &self.config_bytes());
+        let manifest = json!([{"Config": "config.json", "RepoTags": tags, "Layers": layers}]);
+        write(&dir.join("manifest.json"), manifest.to_string().as_bytes());
+    }
+}
+
+fn write(path: &Path, bytes: &[u8]) {
+    fs::create_dir_all(path.parent().expect("a parent")).expect("made");
+    fs::write(path, bytes).expect("written");
+}
+
+pub(crate) fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = flate2::write::GzEncoder::new(vec![], flate2::Compression::fast());
+    encoder.write_all(bytes).expect("compressed");
+    encoder.finish().expect("compressed")
+}
+
+/// The layers of a layout's image for linux/amd64, base first.
+pub(crate) fn layers_of(layout: &Path) -> Vec<PathBuf> {
+    let blob = |descriptor: &Value| {
+        layout.join("blobs").join(descriptor["digest"].as_str().expect("a digest").replace(':', "/"))
+    };
+    let parse = |path: PathBuf| serde_json::from_slice::<Value>(&fs::read(path).expect("read")).expect("JSON");
+    let mut document = parse(layout.join("index.json"));
+    while let Some(entries) = document["manifests"].as_array() {
+        let platform = json!({"architecture": "amd64", "os": "linux"});
+        let chosen = entries.iter().find(|entry| entry["platform"] == platform).unwrap_or(&entries[0]);
+        document = parse(blob(chosen));
+    }
+    document["layers"].as_array().expect("layers").iter().map(blob).collect()
 }
 
 /// An archive being built.

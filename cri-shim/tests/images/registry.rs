@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::net::TcpListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -20,6 +20,8 @@ pub(crate) struct Options {
     pub(crate) tls: Option<(String, String)>,
     /// YAML below `auth:`.
     pub(crate) auth: Option<String>,
+    /// A storage directory to serve as it is, instead of an empty one.
+    pub(crate) storage: Option<PathBuf>,
 }
 
 /// A running registry.
@@ -56,6 +58,17 @@ impl Registry {
         registry
     }
 
+    /// The file of a blob.
+    pub(crate) fn blob(&self, digest: &str) -> PathBuf {
+        let hex = digest.strip_prefix("sha256:").expect("a digest");
+        self.dir.path().join(format!("storage/docker/registry/v2/blobs/sha256/{}/{hex}/data", &hex[..2]))
+    }
+
+    /// How many requests for something it has answered.
+    pub(crate) fn requests(&self, what: &str) -> usize {
+        self.log().lines().filter(|line| line.contains("\"GET ") && line.contains(what)).count()
+    }
+
     /// What it said.
     pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
@@ -64,9 +77,14 @@ impl Registry {
 
 impl Options {
     fn config(&self, dir: &Path, address: &str) -> String {
-        let storage = dir.join("storage");
+        let storage = self.storage.clone().unwrap_or_else(|| dir.join("storage"));
+        let served = if self.storage.is_some() {
+            ", maintenance: {readonly: {enabled: true}, uploadpurging: {enabled: false}}"
+        } else {
+            ""
+        };
         let mut config = format!(
-            "version: 0.1\nlog: {{level: warn}}\nstorage: {{filesystem: {{rootdirectory: {}}}, delete: {{enabled: true}}}}\nhttp:\n  addr: {address}\n",
+            "version: 0.1\nlog: {{level: warn}}\nstorage: {{filesystem: {{rootdirectory: {}}}, delete: {{enabled: true}}{served}}}\nhttp:\n  addr: {address}\n",
             storage.display()
         );
         if let Some((certificate, key)) = &self.tls {

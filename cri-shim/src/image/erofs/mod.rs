@@ -368,4 +368,6 @@ fn untag(error: io::Error) -> Error {
 }
 
 #[cfg(test)]
+pub(crate) mod reader;
+#[cfg(test)]
 mod tests;

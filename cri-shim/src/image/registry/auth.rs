@@ -110,6 +110,9 @@ pub(super) async fn answer(
     credentials: &Credentials,
     refusal: &Response,
 ) -> Result<Option<RegistryAuth>, Error> {
+    if let Credentials::Token(_) = credentials {
+        return Ok(None); // it has been shown already
+    }
     let headers = refusal.headers().get_all(WWW_AUTHENTICATE).iter().filter_map(|value| value.to_str().ok());
     let challenges: Vec<_> = headers.filter_map(|value| http_auth::parse_challenges(value).ok()).flatten().collect();
     let of_scheme =

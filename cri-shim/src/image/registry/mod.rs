@@ -11,9 +11,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use futures_util::StreamExt;
+use oci_client::RegistryOperation;
 use oci_client::client::{BlobResponse, Certificate, CertificateEncoding, ClientConfig, ClientProtocol};
 use oci_client::errors::{OciDistributionError, OciErrorCode};
 use oci_client::secrets::RegistryAuth;
+use oci_client::token_cache::{RegistryToken, RegistryTokenType};
 use reqwest::{Response, StatusCode};
 use serde::{Deserialize, Serialize};
 
@@ -89,6 +91,9 @@ pub enum Error {
     /// A certificate that cannot be used.
     #[error("cannot use the CA certificate {0}: check that it is a readable PEM file")]
     Ca(PathBuf, #[source] Box<dyn std::error::Error + Send + Sync>),
+    /// TLS cannot be set up.
+    #[error("cannot set up TLS: check that the system's CA certificates are installed (package ca-certificates)")]
+    Client(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// A mirror's URL that is none.
     #[error("the mirror {0:?} is no URL: write http://HOST[:PORT][/PREFIX] or https://…")]
     Mirror(String),
@@ -274,8 +279,8 @@ impl RegistryConfig {
             repository: format!("{}{}", endpoint.prefix, reference.repository()),
             auth: auth::initial(&credentials),
             credentials,
-            http: http.build().map_err(|error| bad_ca(error.into()))?,
-            oci: oci.map_err(|error| bad_ca(error.into()))?,
+            http: http.build().map_err(|error| Error::Client(error.into()))?,
+            oci: oci.map_err(|error| Error::Client(error.into()))?,
             endpoint,
         })
     }
@@ -353,11 +358,16 @@ impl Session {
     pub(crate) async fn blob(&self, what: &str, descriptor: &Descriptor, mut sink: Sink<'_>) -> Result<(), Error> {
         let mismatch = |error| Error::Mismatch(format!("{what} {}", descriptor.digest), error);
         let mut check = Check::new(descriptor.digest.clone(), Some(descriptor.size));
-        let mut resumes = 0_u32;
+        let (mut resumes, mut renewed) = (0_u32, false);
         while check.len() < descriptor.size {
             let before = check.len();
             match self.part(descriptor, &mut check, &mut sink).await {
                 Ok(()) => break,
+                // A token may have run out since the manifest.
+                Err(PartError::Other(Error::Denied { .. })) if !renewed => {
+                    renewed = true;
+                    self.renew(descriptor).await?;
+                }
                 Err(PartError::Mismatch(error)) => return Err(mismatch(error)),
                 Err(PartError::Broken(error)) if resumes >= MAX_RESUMES || check.len() == before => return Err(error),
                 Err(PartError::Broken(_)) => resumes = resumes.saturating_add(1),
@@ -367,13 +377,28 @@ impl Session {
         check.finish().map_err(mismatch)
     }
 
+    /// Gets a new token for blobs.
+    async fn renew(&self, descriptor: &Descriptor) -> Result<(), Error> {
+        let url = format!("{}v2/{}/blobs/{}", self.root(), self.repository, descriptor.digest);
+        let refusal = self.http.head(url).send().await.map_err(|error| self.endpoint.error(error))?;
+        match auth::answer(&self.http, &self.endpoint, &self.repository, &self.credentials, &refusal).await? {
+            Some(RegistryAuth::Bearer(token)) => {
+                let token = RegistryTokenType::Bearer(RegistryToken::Token { token });
+                self.oci.tokens.insert(&self.blob_reference(descriptor), RegistryOperation::Pull, token).await;
+                Ok(())
+            }
+            _ => Err(self.refusal(StatusCode::UNAUTHORIZED.as_u16())),
+        }
+    }
+
+    fn blob_reference(&self, descriptor: &Descriptor) -> oci_client::Reference {
+        let digest = descriptor.digest.to_string();
+        oci_client::Reference::with_digest(self.endpoint.host.clone(), self.repository.clone(), digest)
+    }
+
     /// One connection's worth of a blob.
     async fn part(&self, descriptor: &Descriptor, check: &mut Check, sink: &mut Sink<'_>) -> Result<(), PartError> {
-        let reference = oci_client::Reference::with_digest(
-            self.endpoint.host.clone(),
-            self.repository.clone(),
-            descriptor.digest.to_string(),
-        );
+        let reference = self.blob_reference(descriptor);
         self.oci.store_auth_if_needed(reference.resolve_registry(), &self.auth).await;
         let digest = descriptor.digest.as_str();
         let response = self.oci.pull_blob_stream_partial(&reference, digest, check.len(), None).await;
@@ -392,6 +417,7 @@ impl Session {
             match chunk {
                 Ok(bytes) => {
                     check.update(&bytes).map_err(PartError::Mismatch)?;
+                    sink.progress(bytes.len());
                     pending.extend_from_slice(&bytes);
                 }
                 Err(error) => {
@@ -447,13 +473,16 @@ enum PartError {
 }
 
 impl Sink<'_> {
+    fn progress(&self, bytes: usize) {
+        if let Self::Spool(_, progress) = self {
+            progress(u64::try_from(bytes).unwrap_or(u64::MAX));
+        }
+    }
+
     async fn write(&mut self, bytes: &[u8]) -> Result<(), PartError> {
         match self {
             Self::Memory(memory) => memory.extend_from_slice(bytes),
-            Self::Spool(spool, progress) => {
-                spool.write(bytes).await.map_err(|error| PartError::Other(Error::Write(error)))?;
-                progress(u64::try_from(bytes.len()).unwrap_or(u64::MAX));
-            }
+            Self::Spool(spool, _) => spool.write(bytes).await.map_err(|error| PartError::Other(Error::Write(error)))?,
         }
         Ok(())
     }

@@ -1,0 +1,45 @@
+//! What a caller can do about each error of images.
+
+use super::registry::Error as Registry;
+use super::store::Error;
+
+impl From<Error> for crate::Error {
+    fn from(error: Error) -> Self {
+        kind(&error)(text(&error))
+    }
+}
+
+fn kind(error: &Error) -> fn(String) -> crate::Error {
+    match error {
+        Error::Reference(_) | Error::Unpack(..) | Error::Import(_) => crate::Error::InvalidArgument,
+        Error::Pull(_, error) => match error {
+            Registry::NotFound { .. } => crate::Error::NotFound,
+            Registry::Denied { .. } | Registry::Ca(..) | Registry::Mirror(_) | Registry::Client(_) => {
+                crate::Error::FailedPrecondition
+            }
+            Registry::BadAuth | Registry::Manifest(..) | Registry::TooLarge(..) => crate::Error::InvalidArgument,
+            Registry::Unreachable(..)
+            | Registry::Stalled(..)
+            | Registry::Broken(..)
+            | Registry::Status(..)
+            | Registry::Reply(..)
+            | Registry::Mismatch(..) => crate::Error::Unavailable,
+            Registry::Write(_) => crate::Error::Internal,
+        },
+        Error::DiskFull(..) => crate::Error::ResourceExhausted,
+        Error::Io(..) => crate::Error::Internal,
+        Error::Ending => crate::Error::Unavailable,
+        Error::Shared(error) => kind(error),
+    }
+}
+
+/// The error with all that caused it.
+fn text(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(error) = next {
+        text = format!("{text}: {error}");
+        next = error.source();
+    }
+    text
+}
