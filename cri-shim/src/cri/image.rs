@@ -120,7 +120,7 @@ fn code(error: &image::Error) -> Code {
         image::Error::Pull(_, Registry::NotFound { .. }) => Code::NotFound,
         image::Error::Pull(_, Registry::Denied { .. }) => Code::PermissionDenied,
         image::Error::Pull(..) => Code::Unavailable,
-        image::Error::Unpack(..) => Code::FailedPrecondition,
+        image::Error::Unpack(..) | image::Error::Import(_) => Code::FailedPrecondition,
         image::Error::DiskFull(..) => Code::ResourceExhausted,
         image::Error::Ending => Code::Aborted,
         image::Error::Shared(error) => code(error),

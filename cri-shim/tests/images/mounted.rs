@@ -79,6 +79,21 @@ pub(crate) fn assert_same(ours: &BTreeMap<PathBuf, Seen>, theirs: &BTreeMap<Path
     }
 }
 
+/// Whether this machine's kernel knows EROFS.
+pub(crate) fn possible() -> bool {
+    let _module = Command::new("modprobe").arg("erofs").output();
+    fs::read_to_string("/proc/filesystems").is_ok_and(|list| list.contains("erofs"))
+}
+
+/// Runs a test of this program where the kernel does.
+pub(crate) fn in_the_lab(test: &str) {
+    let lab = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/lab/lab");
+    let program = std::env::current_exe().expect("its path");
+    let status =
+        Command::new(lab).arg("--").arg(program).args(["--exact", test, "--nocapture"]).status().expect("the lab runs");
+    assert!(status.success(), "{test} failed in the lab");
+}
+
 /// A disk mounted by the kernel.
 pub(crate) struct Mounted(pub(crate) tempfile::TempDir);
 
