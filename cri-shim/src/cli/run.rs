@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -63,7 +63,7 @@ pub(super) struct Run {
     /// Everything of the guest; nothing of the host.
     #[arg(long)]
     privileged: bool,
-    /// A name in a registry.
+    /// A name in a registry; or, beginning with / or ., an OCI layout directory or an archive.
     image: String,
     /// Instead of the image's own command.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -107,6 +107,12 @@ impl Run {
     }
 
     async fn image(&self, images: &Store) -> Result<Image> {
+        // No image's name begins so: it is a file.
+        if self.image.starts_with(['/', '.']) {
+            let path = Path::new(&self.image);
+            let found = if path.is_dir() { images.import_layout(path).await? } else { images.import_tar(path).await? };
+            return found.into_iter().next().with_context(|| format!("{} holds no image", path.display()));
+        }
         if let Some(image) = images.resolve(&self.image) {
             return Ok(image);
         }

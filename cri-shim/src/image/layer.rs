@@ -44,7 +44,7 @@ pub enum Error {
     #[error("{0} has more extended attributes, or longer ones, than Linux allows")]
     Xattrs(String),
     /// Files larger than the configured limit, all together.
-    #[error("the image is larger than the configured {} MiB unpacked", .0 >> 20)]
+    #[error("the image is larger than {} MiB unpacked: make it smaller, or raise image_max_mib", .0 >> 20)]
     Unpacked(u64),
     /// Names.
     #[error(transparent)]

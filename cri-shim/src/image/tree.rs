@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 pub(crate) const MAX_NODES: usize = 2 << 20;
 /// Most bytes of names, link targets and extended attributes together.
 pub(crate) const MAX_METADATA: usize = 512 << 20;
-/// Longest path in an archive, Linux's PATH_MAX.
+/// Linux's PATH_MAX: a path in an archive is shorter.
 pub(crate) const MAX_PATH: usize = 4096;
 /// Longest name of a directory entry (NAME_MAX).
 pub(crate) const MAX_NAME: usize = 255;
@@ -347,7 +347,7 @@ fn xattr_bytes(attributes: &Attributes) -> usize {
 
 /// The names in a path of an archive, relative to the root whether it begins with `/` or not.
 fn components(path: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
-    if path.len() > MAX_PATH {
+    if path.len() >= MAX_PATH {
         return Err(Error::TooLong(text(path)));
     }
     let mut names = vec![];

@@ -62,7 +62,7 @@ pub enum Error {
     )]
     Unreachable(String, #[source] reqwest::Error),
     /// A connection without bytes.
-    #[error("{0} has sent nothing for {1} s: check the network and the registry, or raise stall_seconds")]
+    #[error("{0} has sent nothing for {1} s: check the network and the registry, or raise registry_stall_seconds")]
     Stalled(String, u64),
     /// A connection that broke, also when taken up again.
     #[error("the connection to {0} broke: check the network and pull again")]
