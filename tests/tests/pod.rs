@@ -48,9 +48,10 @@ fn two_containers_share_a_kernel_that_is_not_the_hosts() {
     node.crictl(["exec", "--sync", &client, "wget", "-q", "-O", "-", &format!("http://{ip}/")]).ok();
     wait_until("nginx's access log", || node.log("two", "web").contains("GET /"));
 
-    let failed = node.crictl(["exec", "--sync", &client, "sh", "-c", "echo out; echo err >&2; exit 7"]);
-    assert!(failed.stdout.contains("out") && failed.stderr.contains("err"), "{failed:?}");
-    assert!(failed.stderr.contains('7'), "{failed:?}");
+    let both = node.crictl(["exec", "--sync", &client, "sh", "-c", "echo out; echo err >&2"]);
+    assert!(both.stdout.contains("out") && both.stderr.contains("err"), "{both:?}");
+    let failed = node.crictl(["exec", "--sync", &client, "sh", "-c", "echo why >&2; exit 7"]).refused();
+    assert!(failed.contains("exited with 7: why"), "{failed}");
 
     node.crictl(["stop", "--timeout", "5", &client]).ok();
     assert_eq!(node.inspect_container(&client)["status"]["state"], "CONTAINER_EXITED");
