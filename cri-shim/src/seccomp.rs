@@ -204,7 +204,7 @@ mod tests {
     fn it_fits_into_what_the_kernel_takes() {
         // BPF_MAXINSNS instructions of 8 bytes.
         let bytes = default_filter(&[]).expect("compiles");
-        assert!(bytes.len() % 8 == 0 && bytes.len() <= 4096 * 8, "{}", bytes.len());
+        assert!(bytes.len().is_multiple_of(8) && bytes.len() <= 4096 * 8, "{}", bytes.len());
         assert_eq!(default_filter(&["CAP_SYS_ADMIN".to_owned()]).map(|b| b.is_empty()), Ok(false));
     }
 }

@@ -3,7 +3,7 @@
 //! Only reads. What a record says is what its owner last wrote.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 
@@ -30,20 +30,20 @@ pub(super) fn pods(config: &Config) -> Vec<Found> {
     let runs = fs::read_dir(runs_dir(config)).into_iter().flatten().flatten().map(|entry| entry.path());
     let mut found: Vec<Found> = std::iter::once(config.core.state_dir.clone())
         .chain(runs)
-        .flat_map(|state_dir| below(config, state_dir))
+        .flat_map(|state_dir| below(config, &state_dir))
         .collect();
     found.sort_by_key(|pod| pod.record.created_at_ns);
     found
 }
 
-fn below(config: &Config, state_dir: PathBuf) -> Vec<Found> {
-    let core = CoreConfig { state_dir: state_dir.clone(), ..config.core.clone() };
+fn below(config: &Config, state_dir: &Path) -> Vec<Found> {
+    let core = CoreConfig { state_dir: state_dir.to_owned(), ..config.core.clone() };
     let entries = fs::read_dir(core.pods_dir()).into_iter().flatten().flatten();
     let read = |entry: fs::DirEntry| {
         let dir = core.pod_dir(&entry.file_name().to_string_lossy());
         // A pod on its way in or out has no record, or half of one to read tomorrow.
         let record = Record::read(&dir.record()).ok()?;
-        Some(Found { record, dir, state_dir: state_dir.clone() })
+        Some(Found { record, dir, state_dir: state_dir.to_owned() })
     };
     entries.filter_map(read).collect()
 }

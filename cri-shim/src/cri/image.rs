@@ -17,7 +17,7 @@ impl ImageService for Node {
         let filter = request.into_inner().filter.and_then(|filter| filter.image);
         let images = match filter.filter(|image| !image.image.is_empty()) {
             Some(image) => self.images.resolve(&image.image).into_iter().collect(),
-            None => self.images.list().map_err(status)?,
+            None => self.images.list().map_err(|error| status(&error))?,
         };
         Ok(Response::new(ListImagesResponse { images: images.iter().map(wire_image).collect() }))
     }
@@ -34,18 +34,18 @@ impl ImageService for Node {
     async fn pull_image(&self, request: Request<PullImageRequest>) -> Answer<PullImageResponse> {
         let PullImageRequest { image, auth, sandbox_config: _ } = request.into_inner();
         let name = named(image)?;
-        let image = self.images.pull(&name, auth.map(credentials), None).await.map_err(status)?;
+        let image = self.images.pull(&name, auth.map(credentials), None).await.map_err(|error| status(&error))?;
         Ok(Response::new(PullImageResponse { image_ref: image.id }))
     }
 
     async fn remove_image(&self, request: Request<RemoveImageRequest>) -> Answer<RemoveImageResponse> {
         let name = named(request.into_inner().image)?;
-        self.images.remove(&name).map_err(status)?;
+        self.images.remove(&name).map_err(|error| status(&error))?;
         Ok(Response::new(RemoveImageResponse {}))
     }
 
     async fn image_fs_info(&self, _: Request<ImageFsInfoRequest>) -> Answer<ImageFsInfoResponse> {
-        let usage = self.images.fs_info().map_err(status)?;
+        let usage = self.images.fs_info().map_err(|error| status(&error))?;
         let images = FilesystemUsage {
             timestamp: usage.timestamp,
             fs_id: Some(FilesystemIdentifier { mountpoint: usage.mountpoint.display().to_string() }),
@@ -103,14 +103,14 @@ fn info(image: &image::Image) -> HashMap<String, String> {
 }
 
 /// The whole chain of an error in one line, under the code that says what a client can do about it.
-fn status(error: image::Error) -> Status {
+fn status(error: &image::Error) -> Status {
     let mut text = error.to_string();
-    let mut cause = std::error::Error::source(&error);
+    let mut cause = std::error::Error::source(error);
     while let Some(error) = cause {
         text = format!("{text}: {error}");
         cause = error.source();
     }
-    Status::new(code(&error), text)
+    Status::new(code(error), text)
 }
 
 fn code(error: &image::Error) -> Code {

@@ -60,12 +60,15 @@ pub enum Error {
 
 type Result<T> = std::result::Result<T, Error>;
 
+/// Names to offset and length in an archive.
+type Members = BTreeMap<String, (u64, u64)>;
+
 /// Where parts of images are.
 #[derive(Clone)]
 struct Source {
     path: PathBuf,
-    /// Names to offset and length in the archive; a directory has none.
-    archive: Option<(Arc<File>, Arc<BTreeMap<String, (u64, u64)>>)>,
+    /// What is in the archive; a directory has none.
+    archive: Option<(Arc<File>, Arc<Members>)>,
 }
 
 /// An image found in a source.
@@ -297,7 +300,7 @@ fn blob_name(digest: &Digest) -> String {
 }
 
 /// The files in an archive by name, symbolic links resolved (older versions of docker save make one of a layer that repeats).
-fn members(file: &File) -> io::Result<BTreeMap<String, (u64, u64)>> {
+fn members(file: &File) -> io::Result<Members> {
     let (mut members, mut links) = (BTreeMap::new(), vec![]);
     let mut archive = tar::Archive::new(BufReader::new(file));
     for entry in archive.entries_with_seek()?.take(MAX_MEMBERS) {

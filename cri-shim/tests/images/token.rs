@@ -116,7 +116,7 @@ impl Signer {
             reader.read_line(&mut line).ok()?;
             match line.trim().split_once(": ") {
                 Some((name, value)) if name.eq_ignore_ascii_case("authorization") => {
-                    basic = value.strip_prefix("Basic ").map(str::to_owned)
+                    basic = value.strip_prefix("Basic ").map(str::to_owned);
                 }
                 Some((name, value)) if name.eq_ignore_ascii_case("content-length") => length = value.parse().ok()?,
                 Some(_) => {}

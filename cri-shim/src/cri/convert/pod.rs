@@ -43,7 +43,7 @@ pub(in crate::cri) fn pod_spec(config: PodSandboxConfig, handler: &str, known: &
         hostname: config.hostname,
         log_directory: (!config.log_directory.is_empty()).then(|| PathBuf::from(config.log_directory)),
         dns: config.dns_config.and_then(dns),
-        port_mappings: config.port_mappings.into_iter().map(port_mapping).collect::<Result<_>>()?,
+        port_mappings: config.port_mappings.iter().map(port_mapping).collect::<Result<_>>()?,
         sysctls: sysctls.into_iter().collect(),
         cgroup_parent,
         resources: resources(limits.unwrap_or_default())?,
@@ -82,7 +82,7 @@ fn dns(config: DnsConfig) -> Option<Dns> {
     (!empty).then_some(Dns { servers, searches, options })
 }
 
-fn port_mapping(port: WirePort) -> Result<PortMapping> {
+fn port_mapping(port: &WirePort) -> Result<PortMapping> {
     let protocol = match port.protocol() {
         Protocol::Tcp => "tcp",
         Protocol::Udp => "udp",

@@ -63,7 +63,7 @@ pub(crate) fn read(bytes: &[u8]) -> BTreeMap<Vec<u8>, Found> {
     let image = Image { bytes, meta: u32_at(sb, 40) as usize * 4096, xattrs: u32_at(sb, 44) as usize * 4096 };
     let mut all = BTreeMap::new();
     let root = u64::from(u16_at(sb, 14));
-    image.walk(Vec::new(), root, root, &mut all);
+    image.walk(&[], root, root, &mut all);
     let mut nids: Vec<_> = all.values().map(|found| found.nid).collect();
     nids.sort_unstable();
     nids.dedup();
@@ -72,18 +72,18 @@ pub(crate) fn read(bytes: &[u8]) -> BTreeMap<Vec<u8>, Found> {
 }
 
 impl Image<'_> {
-    fn walk(&self, path: Vec<u8>, nid: u64, parent: u64, all: &mut BTreeMap<Vec<u8>, Found>) {
+    fn walk(&self, path: &[u8], nid: u64, parent: u64, all: &mut BTreeMap<Vec<u8>, Found>) {
         let found = self.inode(nid);
         let is_dir = found.mode >> 12 == 4;
         let entries = if is_dir { entries(&found.data) } else { vec![] };
-        assert!(all.insert(path.clone(), found).is_none(), "{path:?} twice");
+        assert!(all.insert(path.to_vec(), found).is_none(), "{path:?} twice");
         for (name, child, kind) in entries {
             match name.as_slice() {
                 b"." => assert_eq!((child, kind), (nid, 2)),
                 b".." => assert_eq!((child, kind), (parent, 2)),
                 _ => {
-                    let below = if path.is_empty() { name } else { [path.as_slice(), b"/", &name].concat() };
-                    self.walk(below.clone(), child, nid, all);
+                    let below = if path.is_empty() { name } else { [path, b"/", &name].concat() };
+                    self.walk(&below, child, nid, all);
                     let expected = [(1, 5), (2, 3), (4, 2), (6, 4), (8, 1), (10, 7)]
                         .iter()
                         .find(|(mode, _)| *mode == all[&below].mode >> 12)
