@@ -11,7 +11,7 @@ STATIC_BIN := target/$(TARGET)/release
 ROOT := target/root
 LAB := tests/lab/lab
 
-.PHONY: demo test test-host test-lab bench build install lint setup programs static-programs kernel initrd clean
+.PHONY: demo test test-all test-host test-lab bench build install lint setup programs static-programs kernel initrd clean
 
 ## What is built
 
@@ -55,6 +55,12 @@ demo: $(ROOT)
 
 test: lint test-host test-lab
 
+# What takes longer: the lab's own test, kills at every moment, many pods.
+test-all: test
+	tests/lab/selftest
+	$(call in_lab,kill)
+	$(call in_lab,many)
+
 lint:
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
@@ -63,11 +69,10 @@ lint:
 test-host: setup
 	cargo test --locked --workspace --exclude pericarp-tests
 	cargo test --locked -p pericarp-tests --test architecture
-	tests/lab/selftest
 
 # Cargo runs each test binary through the lab; two labs side by side use both cores.
-LAB_TESTS_A := pod bad_input
-LAB_TESTS_B := kill many
+LAB_TESTS_A := pod
+LAB_TESTS_B := bad_input
 in_lab = CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='$(CURDIR)/$(LAB) --timeout 2400 --' cargo test --locked -p pericarp-tests \
 	$(addprefix --test ,$(1)) -- --test-threads 1 --nocapture
 
