@@ -5,6 +5,8 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::thread::available_parallelism;
 
+use tokio::sync::Semaphore;
+
 use super::CoreConfig;
 use super::size::Host;
 use crate::cgroup;
@@ -17,6 +19,11 @@ use crate::spawner;
 /// Held while a process works in a state directory.
 const LOCK: &str = "pods.lock";
 
+/// How many pods may boot at a time for each CPU of the host, and at least: more would only slow each other down
+/// until the last ones are over their limit.
+const BOOTS_PER_CPU: usize = 2;
+const LEAST_BOOTS: usize = 4;
+
 /// What all pods share.
 pub(super) struct Context {
     pub(super) config: CoreConfig,
@@ -25,6 +32,8 @@ pub(super) struct Context {
     pub(super) network: Network,
     pub(super) template: PathBuf,
     pub(super) host: Host,
+    /// Taken by each pod that boots.
+    pub(super) boots: Semaphore,
     _lock: File,
 }
 
@@ -38,7 +47,9 @@ impl Context {
         let lock = claim(&config.state_dir)?;
         cgroup::create_path(&config.cgroup_root, &config.cgroup_parent)?;
         let template = scratch::template(&config.scratch_dir, config.scratch_bytes)?;
-        Ok(Self { host: host()?, config, spawner, images, network, template, _lock: lock })
+        let host = host()?;
+        let boots = Semaphore::new(host.cpus.saturating_mul(BOOTS_PER_CPU).max(LEAST_BOOTS));
+        Ok(Self { host, boots, config, spawner, images, network, template, _lock: lock })
     }
 }
 

@@ -49,9 +49,13 @@ const CONSOLE_TAIL: usize = 2048;
 
 /// Starts a pod. On failure nothing is left of it.
 pub(super) async fn start(context: Arc<Context>, id: String, spec: PodSpec) -> Result<Owner> {
-    let record = plan(&context, id, spec)?;
+    let mut record = plan(&context, id, spec)?;
+    let turn = context.boots.acquire().await.map_err(|error| Error::Internal(error.to_string()))?;
+    record.moments.push(moment("begun"));
     let undo = context.forget(&record);
-    match make(&context, record).await {
+    let made = make(&context, record).await;
+    drop(turn);
+    match made {
         Ok(owner) => {
             undo.disarm();
             Ok(owner)
