@@ -96,22 +96,28 @@ pub(crate) async fn remove(root: &Path, leaf: &str) -> Result<()> {
         return Ok(());
     }
     let failed = |error: &io::Error| Error::io(format_args!("removing cgroup {}", at.display()), error);
-    match fs::write(at.join("cgroup.kill"), "1") {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(&error)),
-        _ => {}
-    }
     let since = Instant::now();
     loop {
+        // Each time: a spawner whose daemon has died may be starting a VMM at this moment.
+        match fs::write(at.join("cgroup.kill"), "1") {
+            Err(error) if !is_gone(&error) => return Err(failed(&error)),
+            _ => {}
+        }
         match fs::remove_dir(&at) {
             Ok(()) => return Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            // Killed processes leave the group when they are reaped, which is soon.
+            Err(error) if is_gone(&error) => return Ok(()),
+            // Killed processes leave the group when they have ended, which is soon.
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) && since.elapsed() < EMPTY_LIMIT => {
                 tokio::time::sleep(LOOK_AGAIN).await;
             }
             Err(error) => return Err(failed(&error)),
         }
     }
+}
+
+/// A file of a group that is being removed answers ENODEV.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV)
 }
 
 /// Removes a leaf in which nothing runs; whether it did. One in use may be another runtime's of the same name.

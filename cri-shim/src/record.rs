@@ -164,8 +164,6 @@ pub(crate) enum Life {
     Running {
         /// `CLOCK_REALTIME` in nanoseconds.
         started_at_ns: i64,
-        /// In the guest.
-        pid: u32,
     },
     /// Its first process has ended.
     Exited {
@@ -250,7 +248,7 @@ pub(crate) mod tests {
                     created_at_ns: 2,
                     image_id: "sha256:0".into(),
                     log: Some(LogRecord { port: 2000, path: "/log".into() }),
-                    life: Life::Running { started_at_ns: 3, pid: 4 },
+                    life: Life::Running { started_at_ns: 3 },
                 },
             )]),
             next_log_port: 0,

@@ -153,7 +153,7 @@ impl Owner {
         let call = Call::StartContainer(v1::StartContainer { id: id.into() });
         let started = self.agent()?.tell(call, CALL_LIMIT).await;
         let life = match &started {
-            Ok(()) => Life::Running { started_at_ns, pid: self.pid_of(id).await },
+            Ok(()) => Life::Running { started_at_ns },
             Err(error) => Life::Exited {
                 started_at_ns,
                 finished_at_ns: clock::realtime_ns().max(started_at_ns.saturating_add(1)),
@@ -165,17 +165,6 @@ impl Owner {
         self.set_life(id, life);
         self.save()?;
         started
-    }
-
-    /// The first process of a container, in the guest; 0 if it has ended already.
-    async fn pid_of(&self, id: &str) -> u32 {
-        let Ok(agent) = self.agent() else { return 0 };
-        match agent.ask(Call::GetState(v1::GetState {}), CALL_LIMIT).await {
-            Ok(crate::agent::Answer::State(state)) => {
-                state.containers.iter().find(|container| container.id == id).map_or(0, |container| container.pid)
-            }
-            _ => 0,
-        }
     }
 
     /// Sends a signal to a container's first process, or to all; whether there was one to send it to.

@@ -170,7 +170,7 @@ impl Owner {
                 && let Some(container) = self.record.containers.get_mut(&found.id)
                 && let Life::Created = container.life
             {
-                container.life = Life::Running { started_at_ns: found.started_at_ns, pid: found.pid };
+                container.life = Life::Running { started_at_ns: found.started_at_ns };
             }
             if let Some(exited) = found.exited {
                 self.container_exited(&v1::ContainerExited { id: found.id, ..exited });
@@ -269,7 +269,7 @@ impl Owner {
         self.stop().await?;
         self.record.phase = Phase::Removing;
         self.save()?;
-        self.context.forget(&self.record).run().await?;
+        self.context.forget(&self.record).await?;
         self.removed = true;
         Ok(())
     }
@@ -286,7 +286,7 @@ impl Owner {
 /// Marks a container as ended, unless it already is.
 fn end(container: &mut ContainerRecord, finished_at_ns: i64, code: i32, reason: &str, message: String) {
     let started_at_ns = match container.life {
-        Life::Running { started_at_ns, .. } => started_at_ns,
+        Life::Running { started_at_ns } => started_at_ns,
         Life::Creating | Life::Created => 0,
         Life::Exited { .. } => return,
     };
@@ -348,14 +348,13 @@ fn container_status(record: &Record, id: &str, container: &ContainerRecord) -> C
         exit_code: 0,
         reason: String::new(),
         message: String::new(),
-        pid: 0,
         image_id: container.image_id.clone(),
         log_path: container.log.as_ref().map(|log| log.path.clone()).unwrap_or_default(),
     };
     match &container.life {
         Life::Creating | Life::Created => {}
-        Life::Running { started_at_ns, pid } => {
-            (status.state, status.started_at_ns, status.pid) = (ContainerState::Running, *started_at_ns, *pid);
+        Life::Running { started_at_ns } => {
+            (status.state, status.started_at_ns) = (ContainerState::Running, *started_at_ns);
         }
         Life::Exited { started_at_ns, finished_at_ns, code, reason, message } => {
             status.state = ContainerState::Exited;
@@ -367,30 +366,23 @@ fn container_status(record: &Record, id: &str, container: &ContainerRecord) -> C
 }
 
 impl Context {
-    /// Undoes all that runs or is kept for a pod outside its directory: the VMM first, its files last.
+    /// Undoes all that runs or is kept for a pod outside its directory, the VMM first.
     pub(super) fn release(self: &Arc<Self>, record: &Record) -> Undo {
         let mut undo = Undo::new();
-        self.push_release(&mut undo, record);
-        undo
-    }
-
-    /// Undoes all there is of a pod, its record last of all.
-    pub(super) fn forget(self: &Arc<Self>, record: &Record) -> Undo {
-        let mut undo = Undo::new();
-        let directory = self.config.pod_dir(&record.id);
-        undo.push("directory", async move { remove_directory(&directory) });
-        self.push_release(&mut undo, record);
-        undo
-    }
-
-    fn push_release(self: &Arc<Self>, undo: &mut Undo, record: &Record) {
         let scratch = self.config.scratch_file(&record.id);
         undo.push("scratch", async move { remove_file(&scratch) });
         if record.spec.network == NetworkSource::Cni {
-            self.push_network(undo, record.id.clone());
+            self.push_network(&mut undo, record.id.clone());
         }
         let (root, leaf) = (self.config.cgroup_root.clone(), record.cgroup.clone());
         undo.push("VMM", async move { crate::cgroup::remove(&root, &leaf).await });
+        undo
+    }
+
+    /// Undoes all there is of a pod, its record last, and only if nothing else is left: the next sweep tries again.
+    pub(super) async fn forget(self: &Arc<Self>, record: &Record) -> Result<()> {
+        self.release(record).run().await?;
+        remove_directory(&self.config.pod_dir(&record.id))
     }
 
     /// The plugins first, for which the namespace must still be there.

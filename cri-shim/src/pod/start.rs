@@ -15,7 +15,7 @@ use vmm_control::{Command, Reply, SECTOR_BYTES};
 
 use super::context::{Context, blocking};
 use super::message;
-use super::owner::{Machine, Owner};
+use super::owner::{Machine, Owner, remove_directory};
 use super::size::{quota, size};
 use super::{Moment, PodDir};
 use crate::agent::{Agent, Call, Notice};
@@ -52,7 +52,7 @@ pub(super) async fn start(context: Arc<Context>, id: String, spec: PodSpec) -> R
     let mut record = plan(&context, id, spec)?;
     let turn = context.boots.acquire().await.map_err(|error| Error::Internal(error.to_string()))?;
     record.moments.push(moment("begun"));
-    let undo = context.forget(&record);
+    let (undo, dir) = (context.release(&record), context.config.pod_dir(&record.id));
     let made = make(&context, record).await;
     drop(turn);
     match made {
@@ -61,8 +61,12 @@ pub(super) async fn start(context: Arc<Context>, id: String, spec: PodSpec) -> R
             Ok(owner)
         }
         Err(error) => {
-            // What could not be undone is logged, and tried again by the next start of the daemon.
-            let _ = undo.run().await;
+            // What could not be undone has been logged, and its record stays for the next sweep.
+            if undo.run().await.is_ok()
+                && let Err(left) = remove_directory(&dir)
+            {
+                tracing::warn!(error = %left, "a pod that failed is not quite gone");
+            }
             Err(error)
         }
     }

@@ -85,8 +85,6 @@ pub struct ContainerStatus {
     pub reason: String,
     /// More about the reason, for people.
     pub message: String,
-    /// Of its first process, in the guest; 0 if it does not run.
-    pub pid: u32,
     /// Id of its image.
     pub image_id: String,
     /// Its log file; empty if it has none.

@@ -24,7 +24,7 @@ use crate::undo::Undo;
 use crate::vmm::{Vmm, cause_of};
 
 /// How long an agent may take to answer before the daemon goes on without it; its pod is then not ready.
-const AGENT_LIMIT: Duration = Duration::from_secs(5);
+const AGENT_LIMIT: Duration = Duration::from_secs(10);
 
 /// Ending of a scratch file's name, after the pod's id.
 const SCRATCH_SUFFIX: &str = ".ext4";
@@ -77,7 +77,7 @@ fn log(id: &str, what: &str, result: Result<()>) {
 async fn recover(context: Arc<Context>, mut record: Record) -> Result<Option<Owner>> {
     match record.phase {
         Phase::Starting | Phase::Removing => {
-            log(&record.id, "a pod that was half made or half removed", context.forget(&record).run().await);
+            log(&record.id, "a pod that was half made or half removed", context.forget(&record).await);
             Ok(None)
         }
         Phase::Ended { .. } | Phase::Stopped { .. } => Ok(Some(Owner::new(context, record, None))),
