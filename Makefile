@@ -11,7 +11,7 @@ STATIC_BIN := target/$(TARGET)/release
 ROOT := target/root
 LAB := tests/lab/lab
 
-.PHONY: demo test test-all test-host test-lab bench build install lint setup programs static-programs kernel initrd clean
+.PHONY: demo test test-all test-host test-lab conformance bench build install lint setup programs static-programs kernel initrd clean
 
 ## What is built
 
@@ -82,6 +82,10 @@ test-lab: $(ROOT)
 	cargo test --locked -p pericarp-tests --no-run
 	$(call in_lab,$(LAB_TESTS_A)) & a=$$!; $(call in_lab,$(LAB_TESTS_B)) & b=$$!; \
 	failed=0; wait $$a || failed=1; wait $$b || failed=1; exit $$failed
+
+# Kubernetes' own suite for container runtimes, all of it: most of an hour in the lab. FLAGS go to tests/conformance/run.
+conformance: $(ROOT)
+	tests/conformance/run $(FLAGS)
 
 bench: $(ROOT)
 	benches/run
