@@ -17,6 +17,8 @@
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
+use crate::memory::RING;
+
 /// All zones together: dumps first, the console behind them (fs/pstore/ram.c, `ramoops_probe`).
 pub const RING_BYTES: u64 = 128 << 10;
 /// The console zone.
@@ -36,12 +38,6 @@ const DUMP_HEAD_BYTES: u64 = 128;
 
 const _: () = assert!(CONSOLE_BYTES + DUMP_BYTES * DUMPS == RING_BYTES, "the zones fill the region");
 
-/// The guest's zones.
-#[derive(Clone, Debug)]
-pub struct Ring {
-    start: u64,
-}
-
 /// The valid part of one zone.
 struct Zone {
     data: u64,
@@ -51,41 +47,36 @@ struct Zone {
     size: u64,
 }
 
-impl Ring {
-    /// The zones at the end of memory below 4 GiB.
-    pub fn below(low_end: u64) -> Self {
-        Self { start: low_end.saturating_sub(RING_BYTES) }
-    }
+/// What the kernel must be told; memory type 2 is ordinary cached memory.
+pub fn parameters() -> String {
+    format!(
+        "ramoops.mem_address={RING:#x} ramoops.mem_size={RING_BYTES:#x} ramoops.mem_type=2 ramoops.record_size={DUMP_BYTES:#x} \
+         ramoops.console_size={CONSOLE_BYTES:#x} ramoops.ftrace_size=0 ramoops.pmsg_size=0"
+    )
+}
 
-    /// What the kernel must be told; memory type 2 is ordinary cached memory.
-    pub fn parameters(&self) -> String {
-        format!(
-            "ramoops.mem_address={:#x} ramoops.mem_size={RING_BYTES:#x} ramoops.mem_type=2 ramoops.record_size={DUMP_BYTES:#x} \
-             ramoops.console_size={CONSOLE_BYTES:#x} ramoops.ftrace_size=0 ramoops.pmsg_size=0",
-            self.start
-        )
-    }
+/// The last `limit` bytes of the console.
+pub fn tail(memory: &GuestMemoryMmap, limit: usize) -> Vec<u8> {
+    let Ok(Some(zone)) = console(memory) else { return Vec::new() };
+    let mut text = zone.read(memory).unwrap_or_default();
+    text.split_off(text.len().saturating_sub(limit))
+}
 
-    /// The last `limit` bytes of the console.
-    pub fn tail(&self, memory: &GuestMemoryMmap, limit: usize) -> Vec<u8> {
-        let Ok(Some(zone)) = self.console(memory) else { return Vec::new() };
-        let mut text = zone.read(memory).unwrap_or_default();
-        text.split_off(text.len().saturating_sub(limit))
-    }
+/// Whether the kernel left the dump of a panic, as opposed to that of an oops that it survived.
+pub fn has_panic(memory: &GuestMemoryMmap) -> bool {
+    (0..DUMPS).any(|index| {
+        let Ok(Some(zone)) = Zone::open(memory, dump(index), DUMP_BYTES) else { return false };
+        let head = zone.bytes(memory, 0, zone.size.min(DUMP_HEAD_BYTES)).unwrap_or_default();
+        head.split(|byte| *byte == b'\n').nth(1).is_some_and(|line| line.starts_with(PANIC))
+    })
+}
 
-    /// Whether the kernel left the dump of a panic, as opposed to that of an oops that it survived.
-    pub fn has_panic(&self, memory: &GuestMemoryMmap) -> bool {
-        (0..DUMPS).any(|index| {
-            let at = self.start.saturating_add(DUMP_BYTES.saturating_mul(index));
-            let Ok(Some(zone)) = Zone::open(memory, at, DUMP_BYTES) else { return false };
-            let head = zone.bytes(memory, 0, zone.size.min(DUMP_HEAD_BYTES)).unwrap_or_default();
-            head.split(|byte| *byte == b'\n').nth(1).is_some_and(|line| line.starts_with(PANIC))
-        })
-    }
+fn dump(index: u64) -> u64 {
+    RING.saturating_add(DUMP_BYTES.saturating_mul(index))
+}
 
-    fn console(&self, memory: &GuestMemoryMmap) -> Result<Option<Zone>, GuestMemoryError> {
-        Zone::open(memory, self.start.saturating_add(DUMP_BYTES.saturating_mul(DUMPS)), CONSOLE_BYTES)
-    }
+fn console(memory: &GuestMemoryMmap) -> Result<Option<Zone>, GuestMemoryError> {
+    Zone::open(memory, dump(DUMPS), CONSOLE_BYTES)
 }
 
 impl Zone {
@@ -130,8 +121,8 @@ pub struct Follower {
 
 impl Follower {
     /// What was printed from byte `from` on, and the position after it.
-    pub fn read(&mut self, ring: &Ring, memory: &GuestMemoryMmap, from: u64) -> (u64, String) {
-        let Ok(Some(zone)) = ring.console(memory) else { return (self.total, String::new()) };
+    pub fn read(&mut self, memory: &GuestMemoryMmap, from: u64) -> (u64, String) {
+        let Ok(Some(zone)) = console(memory) else { return (self.total, String::new()) };
         let Ok(text) = zone.read(memory) else { return (self.total, String::new()) };
         let full = zone.size == zone.capacity;
         // The first time around, the zone becomes full; later ones show by its next byte falling back.
@@ -152,13 +143,11 @@ impl Follower {
 mod tests {
     use super::*;
 
-    const LOW_END: u64 = 4 << 20;
-    const CONSOLE: u64 = LOW_END - CONSOLE_BYTES;
+    const CONSOLE: u64 = RING + DUMPS * DUMP_BYTES;
     const CAPACITY: u64 = CONSOLE_BYTES - HEADER_BYTES;
 
-    fn guest() -> (Ring, GuestMemoryMmap) {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), LOW_END as usize)]).unwrap();
-        (Ring::below(LOW_END), memory)
+    fn guest() -> GuestMemoryMmap {
+        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap()
     }
 
     fn header(memory: &GuestMemoryMmap, at: u64, start: u32, size: u32) {
@@ -181,29 +170,29 @@ mod tests {
 
     #[test]
     fn a_zone_never_made_or_full_of_nonsense_is_empty() {
-        let (ring, memory) = guest();
-        assert!(ring.tail(&memory, TAIL_BYTES).is_empty());
+        let memory = guest();
+        assert!(tail(&memory, TAIL_BYTES).is_empty());
         for (start, size) in [(0, u32::MAX), (u32::MAX, 5), (9, 8), (u32::MAX, u32::MAX)] {
             header(&memory, CONSOLE, start, size);
-            assert!(ring.tail(&memory, TAIL_BYTES).is_empty());
-            header(&memory, ring.start, start, size);
-            assert!(!ring.has_panic(&memory));
+            assert!(tail(&memory, TAIL_BYTES).is_empty());
+            header(&memory, RING, start, size);
+            assert!(!has_panic(&memory));
         }
     }
 
     #[test]
     fn the_tail_runs_over_the_end_of_the_zone() {
-        let (ring, memory) = guest();
+        let memory = guest();
         header(&memory, CONSOLE, 0, 0);
         print(&memory, &vec![b'x'; CAPACITY as usize - 3]);
         print(&memory, b"abcdef");
-        assert_eq!(ring.tail(&memory, 8), b"xxabcdef");
-        assert_eq!(ring.tail(&memory, usize::MAX).len(), CAPACITY as usize);
+        assert_eq!(tail(&memory, 8), b"xxabcdef");
+        assert_eq!(tail(&memory, usize::MAX).len(), CAPACITY as usize);
     }
 
     #[test]
     fn a_follower_sees_each_byte_once() {
-        let (ring, memory) = guest();
+        let memory = guest();
         header(&memory, CONSOLE, 0, 0);
         let (mut follower, mut seen, mut said) = (Follower::default(), 0, String::new());
         let mut all = String::new();
@@ -211,25 +200,25 @@ mod tests {
             let text = format!("{round}{}", "y".repeat(3001));
             print(&memory, text.as_bytes());
             all.push_str(&text);
-            let (next, text) = follower.read(&ring, &memory, seen);
+            let (next, text) = follower.read(&memory, seen);
             said.push_str(&text);
             seen = next;
         }
         assert_eq!(said, all);
-        assert_eq!(follower.read(&ring, &memory, seen).1, "");
+        assert_eq!(follower.read(&memory, seen).1, "");
     }
 
     #[test]
     fn a_panic_is_told_from_an_oops_that_the_guest_survived() {
-        let (ring, memory) = guest();
-        let dump = |index: u64, text: &[u8]| {
-            let at = ring.start + index * DUMP_BYTES;
+        let memory = guest();
+        let write = |index: u64, text: &[u8]| {
+            let at = dump(index);
             header(&memory, at, 0, text.len() as u32);
             memory.write_slice(text, GuestAddress(at + HEADER_BYTES)).unwrap();
         };
-        dump(0, b"====1700000000.000000-D\nOops#1 Part1\n<4>[ 1.0] Panic# is not here\n");
-        assert!(!ring.has_panic(&memory));
-        dump(1, b"====1700000000.000001-D\nPanic#2 Part1\n");
-        assert!(ring.has_panic(&memory));
+        write(0, b"====1700000000.000000-D\nOops#1 Part1\n<4>[ 1.0] Panic# is not here\n");
+        assert!(!has_panic(&memory));
+        write(1, b"====1700000000.000001-D\nPanic#2 Part1\n");
+        assert!(has_panic(&memory));
     }
 }

@@ -16,8 +16,8 @@ use crate::vcpu::Exits;
 
 const KVM_GET_STATS_FD: u32 = 0xce;
 
-/// Longest statistics file that is read, in bytes; today's are about 4 KiB.
-const MOST_BYTES: usize = 1 << 20;
+/// Longest statistics file that is read, in bytes; today's are about 10 KiB.
+const MOST_BYTES: usize = 64 << 10;
 /// `struct kvm_stats_header`: flags, name_size, num_desc, id_offset, desc_offset, data_offset.
 const HEADER_BYTES: usize = 24;
 /// `struct kvm_stats_desc` without its name.
@@ -41,16 +41,16 @@ impl Stats {
         Ok(Self { file: unsafe { File::from_raw_fd(fd) } })
     }
 
-    /// Adds each plain counter to `sum`, under `kvm.` and its name.
-    fn add_to(&self, sum: &mut BTreeMap<String, u64>) -> io::Result<()> {
+    /// Shows `each` plain counter by its name.
+    fn read(&self, each: impl FnMut(&[u8], u64)) -> io::Result<()> {
         let mut bytes = vec![0; MOST_BYTES];
         let length = self.file.read_at(&mut bytes, 0)?;
         bytes.truncate(length);
-        parse(&bytes, sum).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "KVM's statistics make no sense"))
+        parse(&bytes, each).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "KVM's statistics make no sense"))
     }
 }
 
-fn parse(bytes: &[u8], sum: &mut BTreeMap<String, u64>) -> Option<()> {
+fn parse(bytes: &[u8], mut each: impl FnMut(&[u8], u64)) -> Option<()> {
     let word = |at: usize| Some(u32::from_le_bytes(*bytes.get(at..)?.first_chunk()?));
     let (name_bytes, count) = (word(4)? as usize, word(8)? as usize);
     let (descriptions, data) = (word(16)? as usize, word(20)? as usize);
@@ -63,11 +63,10 @@ fn parse(bytes: &[u8], sum: &mut BTreeMap<String, u64>) -> Option<()> {
         let values = word(at.checked_add(4)?)? >> 16;
         let offset = word(at.checked_add(8)?)? as usize;
         let name = bytes.get(at.checked_add(DESCRIPTION_BYTES)?..)?.get(..name_bytes)?;
-        let name = name.split(|byte| *byte == 0).next().map(String::from_utf8_lossy)?;
+        let name = name.split(|byte| *byte == 0).next()?;
         let value = u64::from_le_bytes(*bytes.get(data.checked_add(offset)?..)?.first_chunk()?);
         if values == 1 {
-            let counter = sum.entry(format!("kvm.{name}")).or_default();
-            *counter = counter.saturating_add(value);
+            each(name, value);
         }
     }
     Some(())
@@ -88,16 +87,23 @@ impl Counters {
 
     /// Exits of the guest so far, as KVM counts them.
     pub fn exits(&self) -> Option<u64> {
-        let mut sum = BTreeMap::new();
-        self.stats.iter().try_for_each(|stats| stats.add_to(&mut sum)).ok()?;
-        sum.get("kvm.exits").copied()
+        let mut exits = None;
+        for stats in &self.stats {
+            let add = |name: &[u8], value| {
+                if name == b"exits" {
+                    exits = Some(exits.unwrap_or(0_u64).saturating_add(value));
+                }
+            };
+            stats.read(add).ok()?;
+        }
+        exits
     }
 
     /// Name → count, CPUs added up.
     pub fn snapshot(&self) -> BTreeMap<String, u64> {
         let mut sum = BTreeMap::new();
         for stats in &self.stats {
-            if let Err(error) = stats.add_to(&mut sum) {
+            if let Err(error) = stats.read(|name, value| add(&mut sum, name, value)) {
                 eprintln!("pericarp-vmm: {error}");
             }
         }
@@ -115,6 +121,12 @@ impl Counters {
         }
         sum
     }
+}
+
+/// Adds to a counter of KVM's.
+fn add(sum: &mut BTreeMap<String, u64>, name: &[u8], value: u64) {
+    let counter = sum.entry(format!("kvm.{}", String::from_utf8_lossy(name))).or_default();
+    *counter = counter.saturating_add(value);
 }
 
 #[cfg(test)]
@@ -143,7 +155,7 @@ mod tests {
     fn counters_of_several_cpus_add_up() {
         let mut sum = BTreeMap::new();
         for value in [3, 4] {
-            parse(&file(&[("exits", value), ("halt_exits", 1)]), &mut sum).unwrap();
+            parse(&file(&[("exits", value), ("halt_exits", 1)]), |name, value| add(&mut sum, name, value)).unwrap();
         }
         assert_eq!(sum, BTreeMap::from([("kvm.exits".to_owned(), 7), ("kvm.halt_exits".to_owned(), 2)]));
     }
@@ -152,7 +164,7 @@ mod tests {
     fn a_file_cut_short_anywhere_is_refused() {
         let whole = file(&[("exits", 3)]);
         for length in 0..whole.len() {
-            assert_eq!(parse(&whole[..length], &mut BTreeMap::new()), None, "{length} bytes");
+            assert_eq!(parse(&whole[..length], |_, _| {}), None, "{length} bytes");
         }
     }
 }

@@ -1,16 +1,17 @@
 //! The host's KVM: what it must be able to do, and the VM made from it.
-#![expect(unsafe_code, reason = "an inherited descriptor becomes kvm-ioctls' Kvm")]
+#![expect(unsafe_code, reason = "an inherited descriptor becomes kvm-ioctls' Kvm; an ioctl without a wrapper")]
 
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap};
+use kvm_bindings::{KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVMIO, kvm_enable_cap};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use thiserror::Error;
 use vmm_control::exit;
+use vmm_sys_util::ioctl::{_IOC_READ, _IOC_WRITE, ioctl_expr, ioctl_with_mut_ref};
 
 use crate::cpu::{CpuError, Policy};
-use crate::memory::TSS;
+use crate::memory::{PAGE, TSS};
 
 /// Why this host cannot run the VM.
 #[derive(Debug, Error)]
@@ -47,6 +48,31 @@ const NEEDED: [(Cap, &str); 6] = [
     (Cap::ReadonlyMem, "KVM_CAP_READONLY_MEM"),
     (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
 ];
+
+/// `struct kvm_pre_fault_memory`.
+#[repr(C)]
+struct PreFault {
+    address: u64,
+    bytes: u64,
+    flags: u64,
+    padding: [u64; 5],
+}
+
+const PRE_FAULT_MEMORY: u32 = 0xd5;
+
+/// Maps the pages at some addresses into the guest, huge ones where the host has them, so that the guest's first
+/// accesses do not exit. Only for memory that is filled already. A host before Linux 6.11 does not know how, and the
+/// guest then exits once for each page.
+pub fn map_ahead(vcpu: &VcpuFd, addresses: impl IntoIterator<Item = u64>) {
+    let request = ioctl_expr(_IOC_READ | _IOC_WRITE, KVMIO, PRE_FAULT_MEMORY, size_of::<PreFault>() as u32);
+    for address in addresses {
+        let mut range = PreFault { address, bytes: PAGE, flags: 0, padding: [0; 5] };
+        // SAFETY: KVM reads and writes one such structure.
+        if unsafe { ioctl_with_mut_ref(vcpu, request, &mut range) } != 0 {
+            return;
+        }
+    }
+}
 
 /// A host's KVM with all that a machine needs.
 #[derive(Debug)]

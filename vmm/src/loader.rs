@@ -15,14 +15,13 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::console::RING_BYTES;
 use crate::memory::{
-    ABOVE_4G, COMMAND_LINE, COMMAND_LINE_BYTES, ECAM, ECAM_BYTES, GuestRam, HIGH_RAM, HUGE_PAGE, LOW_END, RNG_SEED,
-    ZERO_PAGE,
+    ABOVE_4G, COMMAND_LINE, COMMAND_LINE_BYTES, ECAM, ECAM_BYTES, GuestRam, HIGH_RAM, HUGE_PAGE, LOW_END, PAGE, RING,
+    RNG_SEED, ZERO_PAGE,
 };
 
 /// Bytes of the seed for the guest's random number generator.
 pub const SEED_BYTES: usize = 32;
 
-const PAGE: u64 = 4096;
 /// `SETUP_RNG_SEED` (arch/x86/include/uapi/asm/setup_data.h).
 const SETUP_RNG_SEED: u32 = 9;
 const E820_RAM: u32 = 1;
@@ -89,8 +88,17 @@ pub struct Image<'a> {
     pub acpi_root: u64,
 }
 
-/// Loads all of it and returns the address of the first instruction.
-pub fn load(ram: &GuestRam, image: Image<'_>) -> Result<u64, LoadError> {
+/// A guest ready to run.
+#[derive(Clone, Copy, Debug)]
+pub struct Loaded {
+    /// Address of the first instruction.
+    pub entry: u64,
+    /// First and last address of what was loaded above the first MiB.
+    pub extent: (u64, u64),
+}
+
+/// Loads all of it.
+pub fn load(ram: &GuestRam, image: Image<'_>) -> Result<Loaded, LoadError> {
     let Image { mut kernel, initrd, command_line, seed, acpi_root } = image;
     let kernel = load_kernel(ram, &mut kernel)?;
     let mut params = boot_params { acpi_rsdp_addr: acpi_root, ..Default::default() };
@@ -98,17 +106,21 @@ pub fn load(ram: &GuestRam, image: Image<'_>) -> Result<u64, LoadError> {
     params.hdr.boot_flag = BOOT_FLAG;
     params.hdr.header = HEADER_MAGIC;
     params.hdr.type_of_loader = LOADER_TYPE;
+    let mut end = kernel.end;
     if let Some(mut initrd) = initrd {
         let (at, length) = load_initrd(ram, &mut initrd, kernel.end, kernel.initrd_follows)?;
         params.hdr.ramdisk_image = at as u32;
         params.hdr.ramdisk_size = length as u32;
+        if kernel.initrd_follows {
+            end = at + length;
+        }
     }
     params.hdr.cmd_line_ptr = COMMAND_LINE as u32;
     params.hdr.cmdline_size = write_command_line(ram, command_line)? as u32;
     params.hdr.setup_data = write_seed(ram, &seed)?;
     describe_memory(ram, &mut params);
     ram.memory.write_obj(params, GuestAddress(ZERO_PAGE))?;
-    Ok(kernel.entry)
+    Ok(Loaded { entry: kernel.entry, extent: (kernel.entry, end) })
 }
 
 /// A seed from the host.
@@ -166,7 +178,7 @@ fn load_kernel(ram: &GuestRam, file: &mut File) -> Result<Kernel, LoadError> {
 fn load_initrd(ram: &GuestRam, file: &mut File, kernel_end: u64, follows: bool) -> Result<(u64, u64), LoadError> {
     let length = file.seek(SeekFrom::End(0)).map_err(LoadError::Initrd)?;
     file.rewind().map_err(LoadError::Initrd)?;
-    let top = ram.low_end - RING_BYTES;
+    let top = ram.low_end;
     let lowest = kernel_end.next_multiple_of(PAGE);
     let too_large = LoadError::TooLarge { needed: lowest.saturating_add(length), room: top };
     let end = lowest.checked_add(length).filter(|end| *end <= top).ok_or(too_large)?;
@@ -196,12 +208,13 @@ fn write_seed(ram: &GuestRam, seed: &[u8; SEED_BYTES]) -> Result<u64, LoadError>
 
 /// The memory map, in the order of addresses.
 fn describe_memory(ram: &GuestRam, params: &mut boot_params) {
-    let ring = ram.low_end - RING_BYTES;
+    let ring_end = RING + RING_BYTES;
     let map = [
-        (0, LOW_END, E820_RAM),
+        (0, RING, E820_RAM),
+        (RING, ring_end, E820_RESERVED),
+        (ring_end, LOW_END, E820_RAM),
         (LOW_END, HIGH_RAM, E820_RESERVED),
-        (HIGH_RAM, ring, E820_RAM),
-        (ring, ram.low_end, E820_RESERVED),
+        (HIGH_RAM, ram.low_end, E820_RAM),
         (ECAM, ECAM + ECAM_BYTES, E820_RESERVED),
         (ABOVE_4G, ram.high_end, E820_RAM),
     ];

@@ -18,7 +18,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use crate::bus::Bus;
 use crate::config::DiskSetup;
-use crate::console::{Follower, Ring, TAIL_BYTES};
+use crate::console::{self, Follower, TAIL_BYTES};
 use crate::control::Server;
 use crate::counters::Counters;
 use crate::describe;
@@ -130,7 +130,6 @@ impl Devices {
 /// A running VM.
 pub struct Machine<'e> {
     devices: Devices,
-    ring: Ring,
     follower: Follower,
     cpus: Cpus,
     counters: Counters,
@@ -152,7 +151,6 @@ impl<'e> Machine<'e> {
         control: Option<OwnedFd>,
     ) -> Self {
         Self {
-            ring: Ring::below(devices.ram.low_end),
             follower: Follower::default(),
             devices,
             cpus,
@@ -229,12 +227,13 @@ impl<'e> Machine<'e> {
     fn explain(&mut self, end: End) -> ShutdownReason {
         match end {
             End::PowerOff => ShutdownReason::GuestPoweroff,
-            End::Reset if self.ring.has_panic(&self.devices.ram.memory) => {
-                let tail = self.ring.tail(&self.devices.ram.memory, TAIL_BYTES);
+            End::Reset if console::has_panic(&self.devices.ram.memory) => {
+                let tail = console::tail(&self.devices.ram.memory, TAIL_BYTES);
                 self.record(EventKind::GuestPanic { console: String::from_utf8_lossy(&tail).into_owned() });
                 ShutdownReason::GuestPanic
             }
             End::Reset => ShutdownReason::GuestReset,
+            End::Fault(_) if console::has_panic(&self.devices.ram.memory) => self.explain(End::Reset),
             End::Fault(message) => ShutdownReason::Fault { message },
         }
     }
@@ -270,7 +269,7 @@ impl<'e> Machine<'e> {
                 return Ok(Reply::Counters(counters));
             }
             Command::Console { from } => {
-                let (next, text) = self.follower.read(&self.ring, &self.devices.ram.memory, from);
+                let (next, text) = self.follower.read(&self.devices.ram.memory, from);
                 return Ok(Reply::Console { next, text });
             }
             Command::Pause => self.pause()?,

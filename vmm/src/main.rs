@@ -7,7 +7,6 @@ use std::sync::Arc;
 
 use pericarp_vmm::bus::Bus;
 use pericarp_vmm::config::{self, ConfigError, Setup};
-use pericarp_vmm::console::Ring;
 use pericarp_vmm::counters::{Counters, Stats};
 use pericarp_vmm::events::Events;
 use pericarp_vmm::jail::{self, JailError};
@@ -20,7 +19,7 @@ use pericarp_vmm::pci::Pci;
 use pericarp_vmm::pci::irq::Irqs;
 use pericarp_vmm::serial::Port;
 use pericarp_vmm::vcpu::Cpus;
-use pericarp_vmm::{acpi, cpu, describe};
+use pericarp_vmm::{acpi, console, cpu, describe, kvm};
 use thiserror::Error;
 use vmm_control::{Console, EventKind, ShutdownReason, exit};
 
@@ -86,11 +85,12 @@ fn boot(setup: Setup, events: &mut Events) -> Result<i32, StartError> {
     // What the guest finds in memory, and its CPUs at the kernel's entry.
     cpu::write_boot_tables(&ram.memory).map_err(LoadError::from)?;
     let acpi_root = acpi::write(&ram.memory, setup.vcpus, serial).map_err(LoadError::from)?;
-    let command_line = command_line(&setup.cmdline, &Ring::below(ram.low_end), serial);
+    let command_line = command_line(&setup.cmdline, serial);
     let seed = loader::seed()?;
     let image = Image { kernel: setup.kernel, initrd: setup.initrd, command_line: &command_line, seed, acpi_root };
-    let entry = loader::load(&ram, image)?;
-    let vcpus = host.create_vcpus(&vm, setup.vcpus, entry)?;
+    let loaded = loader::load(&ram, image)?;
+    let populated = ram.populate(loaded.extent);
+    let vcpus = host.create_vcpus(&vm, setup.vcpus, loaded.entry)?;
     let stats = vcpus.iter().map(Stats::open).chain([Stats::open(&*vm)]).filter_map(Result::ok).collect();
 
     // Everything is open: from here on the guest's input reaches a process that can open nothing.
@@ -115,6 +115,10 @@ fn boot(setup: Setup, events: &mut Events) -> Result<i32, StartError> {
     if setup.rng {
         devices.add_rng()?;
     }
+    // What is read before it is written would become a page of zeroes, and then small pages: memory comes first.
+    if let (Some(first), true) = (vcpus.first(), populated) {
+        kvm::map_ahead(first, memory::first_pages(loaded.extent));
+    }
     events.record(EventKind::Loaded);
 
     // The guest runs.
@@ -124,10 +128,12 @@ fn boot(setup: Setup, events: &mut Events) -> Result<i32, StartError> {
 }
 
 /// A panic ends the guest at once. There is no PCI behind ports 0xcf8 and 0xcfc, so Linux need not look there for
-/// devices with early quirks, two exits each. The console is the ring, or the serial port of a machine that has one.
-fn command_line(added: &str, ring: &Ring, serial: bool) -> String {
+/// devices with early quirks, two exits each. Its lock prefixes stay as they are with one CPU too: taking them out costs
+/// 4 million instructions, and putting them back when a second one comes as many again. The console is the ring, or
+/// the serial port of a machine that has one.
+fn command_line(added: &str, serial: bool) -> String {
     let console = if serial { " console=ttyS0" } else { "" };
-    format!("panic=-1 pci=noearly {}{console} {added}", ring.parameters()).trim_end().to_owned()
+    format!("panic=-1 pci=noearly noreplace-smp {}{console} {added}", console::parameters()).trim_end().to_owned()
 }
 
 fn open_serial(vm: &kvm_ioctls::VmFd, keyboard: Option<File>) -> io::Result<Port> {

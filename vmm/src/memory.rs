@@ -10,10 +10,13 @@ use std::sync::Arc;
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use thiserror::Error;
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 /// A MiB in bytes.
 pub const MIB: u64 = 1 << 20;
+
+/// The smallest page, in bytes.
+pub const PAGE: u64 = 4096;
 
 /// Smallest page that maps a huge page of the host to one of the guest.
 pub const HUGE_PAGE: u64 = 2 * MIB;
@@ -35,6 +38,10 @@ pub const COMMAND_LINE: u64 = 0x2_0000;
 
 /// Longest kernel command line, its NUL included (`COMMAND_LINE_SIZE`).
 pub const COMMAND_LINE_BYTES: usize = 2048;
+
+/// Where the guest's console is kept ([`crate::console`]): below 1 MiB, where memory is mapped in small pages anyway, so
+/// that all memory above it can be mapped in large ones.
+pub const RING: u64 = 0x6_0000;
 
 /// End of what a PC's firmware leaves to the system below 1 MiB.
 pub const LOW_END: u64 = 0x9_fc00;
@@ -59,7 +66,7 @@ pub const ECAM_BYTES: u64 = MIB;
 pub const REGISTER_BARS: u64 = ECAM + ECAM_BYTES;
 
 /// The BARs that the guest mostly writes, one page per device.
-pub const DOORBELL_BARS: u64 = REGISTER_BARS + 32 * 4096;
+pub const DOORBELL_BARS: u64 = REGISTER_BARS + 32 * PAGE;
 
 /// All that PCI devices may occupy.
 pub const PCI_WINDOW: u64 = ECAM;
@@ -133,6 +140,25 @@ impl GuestRam {
         }
         Ok(Self { memory: Arc::new(GuestMemoryMmap::from_regions(regions)?), low_end, high_end })
     }
+}
+
+impl GuestRam {
+    /// Backs `[start, end)` with memory now, in huge pages as far as the host has them; false if the host does not know
+    /// how (Linux before 5.14) or cannot.
+    pub fn populate(&self, (start, end): (u64, u64)) -> bool {
+        let start = start / HUGE_PAGE * HUGE_PAGE;
+        let Ok(slice) = self.memory.get_slice(GuestAddress(start), (end - start) as usize) else { return false };
+        // SAFETY: the range is mapped for the life of the process, and its contents stay.
+        unsafe { libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), slice.len(), libc::MADV_POPULATE_WRITE) == 0 }
+    }
+}
+
+/// The pages that a guest looks at first: those below 1 MiB, its kernel's from `start` to `end`, and the beginning of
+/// every slot's configuration space, which it reads to learn what is there.
+pub fn first_pages((start, end): (u64, u64)) -> impl Iterator<Item = u64> {
+    let kernel = (start / HUGE_PAGE * HUGE_PAGE..end).step_by(HUGE_PAGE as usize);
+    let slots = (ECAM..ECAM + ECAM_BYTES).step_by((8 * PAGE) as usize);
+    std::iter::once(PAGE).chain(slots).chain(kernel)
 }
 
 /// Memory that the guest reads without an exit and writes with one: the PCI configuration space and the BARs that

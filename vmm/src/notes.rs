@@ -37,7 +37,7 @@ pub enum Note {
 pub enum End {
     /// It switched itself off.
     PowerOff,
-    /// It reset itself, or its only way on was a reset (a triple fault).
+    /// It reset itself.
     Reset,
     /// KVM cannot run it any further.
     Fault(String),

@@ -40,6 +40,9 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use crate::bus::Bus;
 use crate::notes::{End, Note, Notifier};
 
+/// The way an operating system resets a PC when all others fail, or what a fault in its fault handlers leads to.
+const TRIPLE_FAULT: &str = "the guest's CPU shut down after a triple fault";
+
 /// Longest wait for every virtual CPU to stop; each is either in `KVM_RUN` or in one short access.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -244,7 +247,7 @@ impl Vcpu {
                 count(&self.exits.port_in);
                 self.bus.port_in(port, data);
             }
-            VcpuExit::Shutdown => return Next::Leave(End::Reset),
+            VcpuExit::Shutdown => return Next::Leave(End::Fault(TRIPLE_FAULT.to_owned())),
             VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _) => return Next::Leave(End::PowerOff),
             VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET | KVM_SYSTEM_EVENT_CRASH, _) => {
                 return Next::Leave(End::Reset);

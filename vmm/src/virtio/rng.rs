@@ -95,11 +95,13 @@ impl Rng {
     fn serve(&self, queue: &mut ActiveQueue, memory: &GuestMemoryMmap) -> Result<Wait, DeviceError> {
         let (mut readable, mut writable) = (Buffers::empty(memory), Buffers::empty(memory));
         let mut turns = 0..BATCH;
-        while turns.next().is_some() {
+        let mut used = false;
+        let mut wait = Wait::Poll;
+        while wait == Wait::Poll && turns.next().is_some() {
             let Some(chain) = queue.pop(memory)? else {
-                queue.signal_used(memory)?;
                 let more = queue.queue.enable_notification(memory)?;
-                return Ok(if more { Wait::Poll } else { Wait::Block });
+                wait = if more { Wait::Poll } else { Wait::Block };
+                continue;
             };
             let head = chain.head_index();
             readable.clear();
@@ -113,9 +115,12 @@ impl Rng {
             writable.randomize(0..len)?;
             self.bytes.add(u64::try_from(len).unwrap_or(u64::MAX));
             queue.complete(memory, head, len)?;
+            used = true;
         }
-        queue.signal_used(memory)?;
-        Ok(Wait::Poll)
+        if used {
+            queue.signal_used(memory)?;
+        }
+        Ok(wait)
     }
 }
 

@@ -60,8 +60,9 @@ const NOTIFY: u32 = 0;
 const ISR: u32 = 0x800;
 /// Bytes from one queue's doorbell to the next.
 const NOTIFY_MULTIPLIER: u32 = 4;
-/// The most vectors for which the table has room, and queues for which the doorbells have.
-const MOST_VECTORS: u16 = 64;
+/// One for the configuration, one for all queues: a single thread serves them, so a vector each would spread nothing,
+/// and every vector costs the guest a dozen exits to set up.
+const VECTORS: u16 = 2;
 
 // Types of structure (§4.1.4).
 const COMMON_CFG: u8 = 1;
@@ -124,17 +125,15 @@ impl VirtioPci {
         memory: Arc<GuestMemoryMmap>,
         notifier: Notifier,
     ) -> Result<Self, TransportError> {
-        // One vector per queue and one for the configuration.
-        let vectors = u16::try_from(info.queue_sizes.len()).unwrap_or(u16::MAX).saturating_add(1).min(MOST_VECTORS);
-        let (config, msix_control) = config_space(&info, place, vectors);
+        let (config, msix_control) = config_space(&info, place);
         Ok(Self {
             slot: place.slot,
             config,
-            registers: Registers::new(info.features, &info.queue_sizes, vectors),
+            registers: Registers::new(info.features, &info.queue_sizes, VECTORS),
             device_config: info.config,
-            msix: Msix::new(vectors),
+            msix: Msix::new(VECTORS),
             msix_control,
-            first_gsi: irqs.allot(u32::from(vectors)),
+            first_gsi: irqs.allot(u32::from(VECTORS)),
             wires: None,
             worker: Worker::spawn(place.slot, &info.name, backend, notifier.clone())?,
             resetting: false,
@@ -336,7 +335,7 @@ impl Wires {
 }
 
 /// Identity, BARs and capabilities; returns where MSI-X's message control lies as well.
-fn config_space(info: &DeviceInfo, place: Place, vectors: u16) -> (ConfigSpace, usize) {
+fn config_space(info: &DeviceInfo, place: Place) -> (ConfigSpace, usize) {
     let device = FIRST_DEVICE.saturating_add(info.id);
     let mut config = ConfigSpace::new(Identity { vendor: VENDOR, device, class: info.class, revision: REVISION });
     let page = u32::try_from(PAGE).unwrap_or(0);
@@ -354,7 +353,7 @@ fn config_space(info: &DeviceInfo, place: Place, vectors: u16) -> (ConfigSpace, 
     let doorbells = NOTIFY_MULTIPLIER.saturating_mul(length(info.queue_sizes.len()));
     let notify = structure(NOTIFY_CFG, DOORBELL_BAR, NOTIFY, doorbells, Some(NOTIFY_MULTIPLIER));
     config.add_capability(CAPABILITY_VENDOR, &notify);
-    let mut body = vectors.saturating_sub(1).to_le_bytes().to_vec();
+    let mut body = VECTORS.saturating_sub(1).to_le_bytes().to_vec();
     body.extend((MSIX_TABLE | u32::from(REGISTER_BAR)).to_le_bytes());
     body.extend((MSIX_PENDING | u32::from(REGISTER_BAR)).to_le_bytes());
     let control = config.add_capability(CAPABILITY_MSIX, &body).saturating_add(2);

@@ -7,7 +7,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread;
 use std::time::Duration;
 
@@ -19,10 +19,17 @@ use crate::notes::{Note, Notifier};
 /// Longest wait for a device's last requests when the VM ends.
 const PATIENCE: Duration = Duration::from_secs(2);
 
+/// What the transport asks of the thread. Each order comes with a wake-up, but a wake-up alone means nothing: it may
+/// be that of an order which the thread has taken already.
+enum Order {
+    Run(Active),
+    Stop,
+}
+
 /// The transport's end of a device's thread.
 #[derive(Debug)]
 pub struct Worker {
-    orders: Sender<Active>,
+    orders: Sender<Order>,
     wake: Arc<EventFd>,
     returned: Receiver<Active>,
     /// Whether the thread has the queues, as far as is known here.
@@ -43,12 +50,16 @@ impl Worker {
     /// Lends the queues.
     pub fn start(&mut self, active: Active) -> io::Result<()> {
         self.lent = true;
-        self.orders.send(active).map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
-        self.wake.write(1)
+        self.order(Order::Run(active))
     }
 
     /// Asks for the queues back; the answer is a [`Note::DeviceStopped`].
     pub fn stop(&self) -> io::Result<()> {
+        self.order(Order::Stop)
+    }
+
+    fn order(&self, order: Order) -> io::Result<()> {
+        self.orders.send(order).map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
         self.wake.write(1)
     }
 
@@ -74,7 +85,7 @@ struct Thread {
     name: String,
     backend: Box<dyn Backend>,
     wake: Arc<EventFd>,
-    inbox: Receiver<Active>,
+    inbox: Receiver<Order>,
     outbox: Sender<Active>,
     notifier: Notifier,
 }
@@ -85,12 +96,11 @@ impl Thread {
             if let Err(error) = self.backend.idle(&self.wake) {
                 return self.fail(&error);
             }
-            // Only after this may the next order come in unseen, and it signals again.
             let _ = self.wake.read();
-            while let Ok(mut active) = self.inbox.try_recv() {
-                if let Err(error) = self.backend.run(&mut active, &self.wake) {
-                    self.fail(&error);
-                }
+            while let Ok(order) = self.inbox.try_recv() {
+                // After an error the queues are back before they are asked for.
+                let Order::Run(active) = order else { continue };
+                let active = self.run(active);
                 if self.outbox.send(active).is_err() {
                     return;
                 }
@@ -99,8 +109,83 @@ impl Thread {
         }
     }
 
+    /// Serves the queues until they are asked for or the guest has spoilt them.
+    fn run(&mut self, mut active: Active) -> Active {
+        // While it has the queues there is no other order than to stop, and one whose wake-up is read is looked for.
+        while matches!(self.inbox.try_recv(), Err(TryRecvError::Empty)) {
+            if let Err(error) = self.backend.run(&mut active, &self.wake) {
+                self.fail(&error);
+                break;
+            }
+            let _ = self.wake.read();
+        }
+        active
+    }
+
     fn fail(&self, error: &DeviceError) {
         let reason = crate::describe(error);
         self.notifier.tell(Note::DeviceFailed { slot: self.slot, device: self.name.clone(), reason });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::Receiver;
+
+    use super::*;
+    use crate::notes::Notes;
+    use crate::virtio::testing::{Guest, HANG, readable};
+
+    /// Tells of each run, and runs until it is stopped.
+    struct Counted(Sender<()>);
+
+    impl Backend for Counted {
+        fn run(&mut self, _: &mut Active, stop: &EventFd) -> Result<(), DeviceError> {
+            self.0.send(()).unwrap();
+            assert!(readable(stop, HANG));
+            Ok(())
+        }
+    }
+
+    fn worker() -> (Worker, Receiver<()>, Notes) {
+        let (notifier, notes) = Notes::new().unwrap();
+        let (sender, runs) = channel();
+        (Worker::spawn(0, "counted", Box::new(Counted(sender)), notifier).unwrap(), runs, notes)
+    }
+
+    fn active() -> Active {
+        Active { memory: Guest::new().memory, features: 0, queues: Vec::new() }
+    }
+
+    #[test]
+    fn the_thread_keeps_the_queues_until_they_are_asked_for() {
+        let (mut worker, runs, _notes) = worker();
+        worker.start(active()).unwrap();
+        runs.recv_timeout(HANG).unwrap();
+        // The wake-up of an order that the thread took before it came.
+        worker.wake.write(1).unwrap();
+        runs.recv_timeout(HANG).unwrap();
+        assert!(!worker.take_back());
+        worker.stop().unwrap();
+        worker.wait();
+        assert!(worker.take_back());
+        assert!(runs.try_recv().is_err());
+    }
+
+    #[test]
+    fn a_device_starts_anew_right_after_it_stopped() {
+        let (mut worker, runs, _notes) = worker();
+        for _ in 0..1000 {
+            worker.start(active()).unwrap();
+            worker.stop().unwrap();
+            worker.wait();
+            assert!(worker.take_back());
+        }
+        runs.try_iter().for_each(drop);
+        worker.start(active()).unwrap();
+        runs.recv_timeout(HANG).unwrap();
+        worker.stop().unwrap();
+        worker.wait();
+        assert!(worker.take_back());
     }
 }

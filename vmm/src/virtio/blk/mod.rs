@@ -231,13 +231,15 @@ impl Blk {
         readable: &mut Buffers<'m>,
         writable: &mut Buffers<'m>,
     ) -> Result<Wait, DeviceError> {
-        let mut served = 0..BATCH;
-        while served.next().is_some() {
+        let mut turns = 0..BATCH;
+        let mut used = false;
+        let mut wait = Wait::Poll;
+        while wait == Wait::Poll && turns.next().is_some() {
             let Some(chain) = queue.pop(memory)? else {
-                queue.signal_used(memory)?;
-                // Read again after asking for a notification: a request may have slipped in between (§2.7.10).
+                // Looks again after asking for a notification: a request may have slipped in between (§2.7.10).
                 let more = queue.queue.enable_notification(memory)?;
-                return Ok(if more { Wait::Poll } else { Wait::Block });
+                wait = if more { Wait::Poll } else { Wait::Block };
+                continue;
             };
             let head = chain.head_index();
             readable.clear();
@@ -245,9 +247,12 @@ impl Blk {
             gather(chain, readable, writable)?;
             let written = self.execute(readable, writable)?;
             queue.complete(memory, head, written)?;
+            used = true;
         }
-        queue.signal_used(memory)?;
-        Ok(Wait::Poll)
+        if used {
+            queue.signal_used(memory)?;
+        }
+        Ok(wait)
     }
 
     /// Carries out the request in a chain and writes its status; returns how many bytes of the chain were written.

@@ -194,10 +194,11 @@ impl Net {
         writable: &mut Buffers<'m>,
     ) -> Result<bool, DeviceError> {
         let mut turns = 0..BATCH;
-        while turns.next().is_some() {
+        let (mut used, mut more) = (false, true);
+        while more && turns.next().is_some() {
             let Some(chain) = tx.pop(memory)? else {
-                tx.signal_used(memory)?;
-                return Ok(tx.queue.enable_notification(memory)?);
+                more = tx.queue.enable_notification(memory)?;
+                continue;
             };
             let head = chain.head_index();
             readable.clear();
@@ -205,9 +206,12 @@ impl Net {
             gather(chain, readable, writable)?;
             self.transmit(readable);
             tx.complete(memory, head, 0)?;
+            used = true;
         }
-        tx.signal_used(memory)?;
-        Ok(true)
+        if used {
+            tx.signal_used(memory)?;
+        }
+        Ok(more)
     }
 
     /// Gives one packet to the tap. One that is malformed, or that the tap refuses, is dropped.

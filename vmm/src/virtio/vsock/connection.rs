@@ -224,6 +224,7 @@ impl Connection {
             && !self.buffer.is_empty()
         {
             match stream.write(self.buffer.as_slices().0) {
+                Ok(0) => self.stop_receiving(),
                 Ok(count) => {
                     self.buffer.drain(..count.min(self.buffer.len()));
                     self.credit.forward(count);
