@@ -1,4 +1,4 @@
-//! What KVM counts of one VM, read from debugfs.
+//! What the host's kernel knows of a VMM: KVM's counters of its VM, from debugfs, and who its parent is.
 
 use std::fs;
 use std::path::PathBuf;
@@ -18,4 +18,11 @@ pub(crate) fn counter(vmm: u32, name: &str) -> Result<f64> {
     let path = directory(vmm)?.join(name);
     let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
     Ok(text.trim().parse()?)
+}
+
+/// The processes that the first thread of a process has started and that have not been waited for.
+pub(crate) fn children(parent: u32) -> Result<Vec<u32>> {
+    let path = format!("/proc/{parent}/task/{parent}/children");
+    let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+    text.split_whitespace().map(|pid| pid.parse().with_context(|| format!("process {pid}"))).collect()
 }

@@ -1,40 +1,114 @@
 //! Counted benchmarks: run inside the lab by `benches/run`, each figure in millions of instructions, exits or KiB.
 //!
 //! The lab's clock counts executed instructions, one a nanosecond, so a difference of `CLOCK_MONOTONIC` is a count of
-//! instructions: lab kernel, VMM and guest together.
+//! instructions: lab kernel, VMM and guest together. It changes nothing outside the directory it is given, its cgroup
+//! and a network namespace of its own.
 
+mod boot;
+mod cri;
+mod exits;
 mod kvm;
+mod minimal;
+mod phases;
 mod plain;
 mod report;
+mod smaps;
+mod trace;
 
 use std::path::PathBuf;
 
 use anyhow::Result;
-use clap::Parser;
+use clap::{Parser, ValueEnum};
+use cri_shim::spawner::Spawner;
 
+use crate::minimal::Minimal;
 use crate::report::Report;
 
-/// Runs every benchmark and prints the report.
+/// Measures, and prints the report.
 #[derive(Debug, Parser)]
 struct Arguments {
+    #[command(flatten)]
+    place: Place,
+    /// Where to write the figures as one flat JSON object.
+    #[arg(long)]
+    json: PathBuf,
+    /// What to measure; everything if none is named.
+    parts: Vec<Part>,
+}
+
+/// What is measured, and with what.
+#[derive(clap::Args, Debug)]
+struct Place {
     /// An installed tree.
     #[arg(long)]
     root: PathBuf,
     /// Directory of the plain kernel and initrd on which VMMs are compared.
     #[arg(long)]
     plain: PathBuf,
-    /// Where to write the figures as one flat JSON object.
+    /// Directory of the CNI plugins.
     #[arg(long)]
-    json: PathBuf,
+    cni: PathBuf,
+    /// An empty directory in memory to work in.
+    #[arg(long)]
+    work: PathBuf,
     /// Times each measurement is repeated; the median counts.
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 7)]
     runs: usize,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// The VMM alone on the plain kernel.
+    Plain,
+    /// Our kernel and agent, up to the agent's word that it is ready.
+    Boot,
+    /// Exits by reason and system calls, in boots that are not counted otherwise.
+    Exits,
+    /// Calls of the CRI.
+    Cri,
+}
+
+/// Runs before those that count: they fill page caches, and have the lab kernel patch itself.
+const WARM_UPS: usize = 2;
+
+impl Place {
+    /// A program, kernel or initrd of the VMM's.
+    fn library(&self, name: &str) -> PathBuf {
+        self.root.join("usr/lib/pericarp").join(name)
+    }
+
+    /// A program for people or for the system.
+    fn program(&self, name: &str) -> PathBuf {
+        self.root.join("usr/bin").join(name)
+    }
+}
+
 fn main() -> Result<()> {
-    let arguments = Arguments::parse();
+    let Arguments { place, json, parts } = Arguments::parse();
+    // Before there is a second thread.
+    let spawners = (Spawner::fork()?, Spawner::fork()?);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let mut report = Report::default();
-    plain::measure(&arguments.root, &arguments.plain, arguments.runs, &mut report)?;
+    let all = [Part::Plain, Part::Boot, Part::Exits, Part::Cri];
+    let parts = if parts.is_empty() { all.to_vec() } else { parts };
+    runtime.block_on(measure(&place, &parts, spawners, &mut report))?;
     report.print();
-    report.write(&arguments.json)
+    report.write(&json)
+}
+
+async fn measure(place: &Place, parts: &[Part], spawners: (Spawner, Spawner), report: &mut Report) -> Result<()> {
+    let minimal = Minimal::new(place, spawners.0)?;
+    let pods = boot::open(place, spawners.1).await?;
+    for part in parts {
+        match part {
+            Part::Plain => plain::measure(place, report)?,
+            Part::Boot => {
+                boot::measure_minimal(place, &minimal, report).await?;
+                boot::measure_pod(place, &pods, report).await?;
+            }
+            Part::Exits => exits::measure(place, &minimal, &pods, report).await?,
+            Part::Cri => cri::measure(place, report).await?,
+        }
+    }
+    Ok(())
 }

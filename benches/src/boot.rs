@@ -1,0 +1,119 @@
+//! From the decision to spawn a VMM to the agent's word that it is ready, on our kernel and behind all of the jail.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use cri_shim::image::{Store, StoreConfig};
+use cri_shim::network::{Network, NetworkConfig};
+use cri_shim::pod::{CoreConfig, Pods};
+use cri_shim::spawner::Spawner;
+use cri_shim::spec::{NetworkSource, PodIdentity, PodSpec};
+use vmm_control::Event;
+
+use crate::minimal::Minimal;
+use crate::phases::{events, of_agent};
+use crate::report::{Report, Samples};
+use crate::{Place, WARM_UPS, smaps};
+
+/// Guest memory of the pod that is measured, in MiB: the default of a pod without limits.
+const POD_MIB: u32 = 512;
+
+/// The network namespace that stands for what a CNI plugin makes.
+const NETNS: &str = "pericarp-bench";
+
+/// Measures `boot.own.*` and `vmm.pss_kib`.
+pub(crate) async fn measure_pod(place: &Place, pods: &Pods, report: &mut Report) -> Result<()> {
+    let mut samples = Samples::default();
+    for run in 0..WARM_UPS + place.runs {
+        let pod = pod(pods).await.context("starting a pod")?;
+        if run >= WARM_UPS {
+            samples.extend(of_agent("boot.own", pod.begun, &pod.events)?);
+            samples.add("vmm.pss_kib", pod.vmm_pss_kib);
+        }
+    }
+    report.take(samples);
+    Ok(())
+}
+
+/// Measures `boot.min.*`, and the same with more CPUs.
+pub(crate) async fn measure_minimal(place: &Place, minimal: &Minimal, report: &mut Report) -> Result<()> {
+    let mut samples = Samples::default();
+    for (name, vcpus) in [("boot.min", 1), ("boot.2vcpu", 2), ("boot.4vcpu", 4)] {
+        for run in 0..WARM_UPS + place.runs {
+            let (begun, events) = minimal.boot(vcpus).await.with_context(|| format!("booting {name}"))?;
+            if run >= WARM_UPS {
+                samples.extend(of_agent(name, begun, &events)?);
+            }
+        }
+    }
+    report.take(samples);
+    Ok(())
+}
+
+/// The daemon's core, with a state directory of its own.
+pub(crate) async fn open(place: &Place, spawner: Spawner) -> Result<Pods> {
+    let state_dir = place.work.join("state");
+    let network = NetworkConfig {
+        conf_dir: place.work.join("no-cni"),
+        bin_dirs: vec![place.cni.clone()],
+        state_dir: state_dir.clone(),
+    };
+    let images = Store::open(&place.work.join("images"), StoreConfig::default())?;
+    let config = CoreConfig {
+        state_dir,
+        scratch_dir: place.work.join("scratch"),
+        vmm: place.library("pericarp-vmm"),
+        kernel: place.library("vmlinux"),
+        initrd: place.library("initrd"),
+        cgroup_parent: "/pericarp-bench".into(),
+        default_memory_mib: POD_MIB,
+        default_vcpus: 1,
+        ..CoreConfig::default()
+    };
+    Ok(Pods::open(config, spawner, images, Network::new(network)).await?)
+}
+
+/// A pod that was started, and removed again.
+pub(crate) struct Pod {
+    /// When everything was there that a VMM needs.
+    begun: u64,
+    /// What the VMM wrote down.
+    pub(crate) events: Vec<Event>,
+    vmm_pss_kib: f64,
+}
+
+/// Starts a pod with disk and NIC, looks at it, and removes it. Its network is there already, so that no plugin's work
+/// is counted: the interface is only read and joined to the tap, while the guest boots.
+pub(crate) async fn pod(pods: &Pods) -> Result<Pod> {
+    let netns = fill_netns()?;
+    let identity =
+        PodIdentity { name: "bench".into(), namespace: "default".into(), uid: "bench".into(), ..Default::default() };
+    let spec = PodSpec { identity, network: NetworkSource::Netns(netns), ..PodSpec::default() };
+    let id = pods.run_pod(spec).await?;
+    let moments = pods.timeline(&id).await?;
+    let begun = moments.iter().find(|moment| moment.name == "prepared").context("the pod's timeline has no begin")?;
+    let events = events(&pods.config().pod_dir(&id).events())?;
+    let vmm = pods.pod(&id)?.vmm_pid.context("the pod has no VMM")?;
+    let vmm_pss_kib = smaps::pss_beyond_guest_kib(vmm, POD_MIB)?;
+    pods.stop_pod(&id).await?;
+    pods.remove_pod(&id).await?;
+    ip(&["netns", "delete", NETNS])?;
+    Ok(Pod { begun: begun.at_ns, events, vmm_pss_kib })
+}
+
+/// A namespace with an `eth0` in it, as a runtime above us would hand it over.
+fn fill_netns() -> Result<PathBuf> {
+    ip(&["netns", "add", NETNS])?;
+    ip(&["-n", NETNS, "link", "add", "eth0", "type", "veth", "peer", "name", "host0"])?;
+    ip(&["-n", NETNS, "address", "add", "10.1.2.3/24", "dev", "eth0"])?;
+    ip(&["-n", NETNS, "link", "set", "host0", "up"])?;
+    ip(&["-n", NETNS, "link", "set", "eth0", "up"])?;
+    Ok(PathBuf::from("/run/netns").join(NETNS))
+}
+
+fn ip(arguments: &[&str]) -> Result<()> {
+    let status = Command::new("ip").args(arguments).status().context("running ip (Debian: iproute2)")?;
+    ensure!(status.success(), "ip {}: {status}", arguments.join(" "));
+    Ok(())
+}

@@ -1,0 +1,199 @@
+//! Calls of the CRI, made by a client that stays up to a daemon that does, with the bridge plugin's network.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use cri_shim::cri::proto::image_service_client::ImageServiceClient;
+use cri_shim::cri::proto::runtime_service_client::RuntimeServiceClient;
+use cri_shim::cri::proto::{
+    ContainerConfig, ContainerMetadata, CreateContainerRequest, ImageSpec, LinuxContainerConfig, LinuxPodSandboxConfig,
+    PodSandboxConfig, PodSandboxMetadata, PullImageRequest, RemovePodSandboxRequest, RunPodSandboxRequest,
+    StartContainerRequest, StopContainerRequest, StopPodSandboxRequest, VersionRequest,
+};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::report::{Report, Samples};
+use crate::{Place, WARM_UPS, kvm, smaps};
+
+/// What a container runs; it needs no more than a kernel.
+const IMAGE: &str = "registry.k8s.io/e2e-test-images/busybox:1.29-2";
+const COMMAND: [&str; 2] = ["sleep", "3600"];
+
+/// Longest start of the daemon.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Between two looks whether it answers.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+
+/// The network that container runtimes' own examples have: a bridge with masquerading, and port mappings.
+const NETWORK: &str = r#"{"cniVersion": "1.0.0", "name": "bench", "plugins": [
+  {"type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": true,
+   "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.88.0.0/16"}]], "routes": [{"dst": "0.0.0.0/0"}]}},
+  {"type": "portmap", "capabilities": {"portMappings": true}}]}"#;
+
+/// Measures `cri.*` and `daemon.pss_kib`.
+pub(crate) async fn measure(place: &Place, report: &mut Report) -> Result<()> {
+    let daemon = Daemon::start(place)?;
+    let channel = daemon.connect().await?;
+    pull(&channel).await?;
+    let mut calls = RuntimeServiceClient::new(channel);
+    let mut samples = Samples::default();
+    for run in 0..WARM_UPS + place.runs {
+        let figures = life(&mut calls, &daemon.directory).await?;
+        if run >= WARM_UPS {
+            samples.extend(figures);
+        }
+    }
+    samples.add("daemon.pss_kib", daemon.pss_kib()?);
+    report.take(samples);
+    daemon.end()
+}
+
+/// One pod with one container, from begin to end; what each call took.
+async fn life(calls: &mut RuntimeServiceClient<Channel>, logs: &Path) -> Result<Vec<(String, f64)>> {
+    let mut figures = Vec::new();
+    let mut since = Instant::now();
+    let mut lap = |name: &str| {
+        figures.push((format!("cri.{name}.minstr"), since.elapsed().as_secs_f64() * 1e3));
+        since = Instant::now();
+    };
+    let pod_config = pod_config(logs);
+    let request = RunPodSandboxRequest { config: Some(pod_config.clone()), ..Default::default() };
+    let pod = calls.run_pod_sandbox(request).await.context("RunPodSandbox")?.into_inner().pod_sandbox_id;
+    lap("run_pod");
+    let request = CreateContainerRequest {
+        pod_sandbox_id: pod.clone(),
+        config: Some(container_config()),
+        sandbox_config: Some(pod_config),
+    };
+    let container = calls.create_container(request).await.context("CreateContainer")?.into_inner().container_id;
+    lap("create");
+    calls.start_container(StartContainerRequest { container_id: container.clone() }).await.context("StartContainer")?;
+    lap("start");
+    calls
+        .stop_container(StopContainerRequest { container_id: container, timeout: 0 })
+        .await
+        .context("StopContainer")?;
+    lap("stop");
+    calls.stop_pod_sandbox(StopPodSandboxRequest { pod_sandbox_id: pod.clone() }).await.context("StopPodSandbox")?;
+    lap("stop_pod");
+    calls.remove_pod_sandbox(RemovePodSandboxRequest { pod_sandbox_id: pod }).await.context("RemovePodSandbox")?;
+    lap("remove_pod");
+    Ok(figures)
+}
+
+fn pod_config(logs: &Path) -> PodSandboxConfig {
+    let metadata = PodSandboxMetadata {
+        name: "bench".into(),
+        namespace: "default".into(),
+        uid: "bench".into(),
+        ..Default::default()
+    };
+    PodSandboxConfig {
+        metadata: Some(metadata),
+        log_directory: logs.display().to_string(),
+        linux: Some(LinuxPodSandboxConfig::default()),
+        ..Default::default()
+    }
+}
+
+fn container_config() -> ContainerConfig {
+    ContainerConfig {
+        metadata: Some(ContainerMetadata { name: "bench".into(), ..Default::default() }),
+        image: Some(ImageSpec { image: IMAGE.into(), ..Default::default() }),
+        command: COMMAND.map(str::to_owned).to_vec(),
+        log_path: "bench.log".into(),
+        linux: Some(LinuxContainerConfig::default()),
+        ..Default::default()
+    }
+}
+
+/// Pulls the image from the lab's registry, which does not run any more afterwards: nobody else's work is counted.
+async fn pull(channel: &Channel) -> Result<()> {
+    registry("start")?;
+    let image = Some(ImageSpec { image: IMAGE.into(), ..Default::default() });
+    let pulled =
+        ImageServiceClient::new(channel.clone()).pull_image(PullImageRequest { image, ..Default::default() }).await;
+    registry("stop")?;
+    pulled.map(drop).with_context(|| format!("pulling {IMAGE}"))
+}
+
+fn registry(verb: &str) -> Result<()> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/lab/registry");
+    let output = Command::new(script).arg(verb).output()?;
+    ensure!(output.status.success(), "registry {verb}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+/// A daemon of our own. Dropping it kills it.
+struct Daemon {
+    process: Child,
+    directory: PathBuf,
+}
+
+impl Daemon {
+    fn start(place: &Place) -> Result<Self> {
+        let directory = place.work.join("daemon");
+        let networks = directory.join("networks");
+        fs::create_dir_all(&networks)?;
+        fs::write(networks.join("10-bench.conflist"), NETWORK)?;
+        let config = format!(
+            "socket = \"{run}/pericarpd.sock\"\nstate_dir = \"{run}/state\"\nimage_dir = \"{run}/images\"\n\
+             scratch_dir = \"{run}/scratch\"\nlog = \"warn\"\nvmm = \"{vmm}\"\nkernel = \"{kernel}\"\ninitrd = \"{initrd}\"\n\
+             [cni]\nconf_dir = \"{networks}\"\nbin_dirs = [\"{cni}\"]\n\
+             [[registry]]\nhost = \"registry.k8s.io\"\nmirrors = [\"http://127.0.0.1:5000\"]\n",
+            run = directory.display(),
+            vmm = place.library("pericarp-vmm").display(),
+            kernel = place.library("vmlinux").display(),
+            initrd = place.library("initrd").display(),
+            networks = networks.display(),
+            cni = place.cni.display(),
+        );
+        let file = directory.join("pericarp.toml");
+        fs::write(&file, config)?;
+        let process = Command::new(place.program("pericarpd")).arg("--config").arg(file).spawn()?;
+        Ok(Self { process, directory })
+    }
+
+    async fn connect(&self) -> Result<Channel> {
+        let since = Instant::now();
+        let endpoint = Endpoint::try_from(format!("unix://{}/pericarpd.sock", self.directory.display()))?;
+        loop {
+            if let Ok(channel) = endpoint.connect().await
+                && RuntimeServiceClient::new(channel.clone()).version(VersionRequest::default()).await.is_ok()
+            {
+                return Ok(channel);
+            }
+            if since.elapsed() > PATIENCE {
+                bail!("pericarpd does not answer after {} s", PATIENCE.as_secs());
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    }
+
+    /// Of the daemon and its spawner.
+    fn pss_kib(&self) -> Result<f64> {
+        let daemon = self.process.id();
+        let spawner = kvm::children(daemon)?.first().copied().context("the daemon has no spawner")?;
+        Ok(smaps::pss_kib(daemon)? + smaps::pss_kib(spawner)?)
+    }
+
+    fn end(mut self) -> Result<()> {
+        kill(Pid::from_raw(i32::try_from(self.process.id())?), Signal::SIGTERM)?;
+        let status = self.process.wait()?;
+        ensure!(status.success(), "pericarpd: {status}");
+        Ok(())
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
