@@ -1,7 +1,7 @@
 //! From the decision to spawn a VMM to the agent's word that it is ready, on our kernel and behind all of the jail.
 
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use cri_shim::image::{Store, StoreConfig};
@@ -13,8 +13,9 @@ use vmm_control::Event;
 
 use crate::minimal::Minimal;
 use crate::phases::{events, of_agent};
+use crate::repeat::repeat;
 use crate::report::{Report, Samples};
-use crate::{Place, WARM_UPS, smaps};
+use crate::{Place, smaps};
 
 /// Guest memory of the pod that is measured, in MiB: the default of a pod without limits.
 const POD_MIB: u32 = 512;
@@ -25,12 +26,9 @@ const NETNS: &str = "pericarp-bench";
 /// Measures `boot.own.*` and `vmm.pss_kib`.
 pub(crate) async fn measure_pod(place: &Place, pods: &Pods, report: &mut Report) -> Result<()> {
     let mut samples = Samples::default();
-    for run in 0..WARM_UPS + place.runs {
-        let pod = pod(pods).await.context("starting a pod")?;
-        if run >= WARM_UPS {
-            samples.extend(of_agent("boot.own", pod.begun, &pod.events)?);
-            samples.add("vmm.pss_kib", pod.vmm_pss_kib);
-        }
+    for pod in repeat("boot.own", place.runs, async || pod(pods).await).await? {
+        samples.extend(of_agent("boot.own", pod.begun, &pod.events)?);
+        samples.add("vmm.pss_kib", pod.vmm_pss_kib);
     }
     report.take(samples);
     Ok(())
@@ -40,11 +38,8 @@ pub(crate) async fn measure_pod(place: &Place, pods: &Pods, report: &mut Report)
 pub(crate) async fn measure_minimal(place: &Place, minimal: &Minimal, report: &mut Report) -> Result<()> {
     let mut samples = Samples::default();
     for (name, vcpus) in [("boot.min", 1), ("boot.2vcpu", 2), ("boot.4vcpu", 4)] {
-        for run in 0..WARM_UPS + place.runs {
-            let (begun, events) = minimal.boot(vcpus).await.with_context(|| format!("booting {name}"))?;
-            if run >= WARM_UPS {
-                samples.extend(of_agent(name, begun, &events)?);
-            }
+        for (begun, events) in repeat(name, place.runs, async || minimal.boot(vcpus).await).await? {
+            samples.extend(of_agent(name, begun, &events)?);
         }
     }
     report.take(samples);
@@ -86,6 +81,8 @@ pub(crate) struct Pod {
 /// Starts a pod with disk and NIC, looks at it, and removes it. Its network is there already, so that no plugin's work
 /// is counted: the interface is only read and joined to the tap, while the guest boots.
 pub(crate) async fn pod(pods: &Pods) -> Result<Pod> {
+    // One that failed may have left its own.
+    let _ = Command::new("ip").args(["netns", "delete", NETNS]).stderr(Stdio::null()).status();
     let netns = fill_netns()?;
     let identity =
         PodIdentity { name: "bench".into(), namespace: "default".into(), uid: "bench".into(), ..Default::default() };
@@ -98,7 +95,6 @@ pub(crate) async fn pod(pods: &Pods) -> Result<Pod> {
     let vmm_pss_kib = smaps::pss_beyond_guest_kib(vmm, POD_MIB)?;
     pods.stop_pod(&id).await?;
     pods.remove_pod(&id).await?;
-    ip(&["netns", "delete", NETNS])?;
     Ok(Pod { begun: begun.at_ns, events, vmm_pss_kib })
 }
 

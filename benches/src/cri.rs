@@ -17,8 +17,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tonic::transport::{Channel, Endpoint};
 
+use crate::repeat::repeat;
 use crate::report::{Report, Samples};
-use crate::{Place, WARM_UPS, kvm, smaps};
+use crate::{Place, kvm, smaps};
 
 /// What a container runs; it needs no more than a kernel.
 const IMAGE: &str = "registry.k8s.io/e2e-test-images/busybox:1.29-2";
@@ -43,11 +44,8 @@ pub(crate) async fn measure(place: &Place, report: &mut Report) -> Result<()> {
     pull(&channel).await?;
     let mut calls = RuntimeServiceClient::new(channel);
     let mut samples = Samples::default();
-    for run in 0..WARM_UPS + place.runs {
-        let figures = life(&mut calls, &daemon.directory).await?;
-        if run >= WARM_UPS {
-            samples.extend(figures);
-        }
+    for figures in repeat("cri", place.runs, async || life(&mut calls, &daemon.directory).await).await? {
+        samples.extend(figures);
     }
     samples.add("daemon.pss_kib", daemon.pss_kib()?);
     report.take(samples);

@@ -11,10 +11,13 @@ mod kvm;
 mod minimal;
 mod phases;
 mod plain;
+mod repeat;
 mod report;
 mod smaps;
+mod timeline;
 mod trace;
 
+use std::fs;
 use std::path::PathBuf;
 
 use anyhow::Result;
@@ -29,9 +32,9 @@ use crate::report::Report;
 struct Arguments {
     #[command(flatten)]
     place: Place,
-    /// Where to write the figures as one flat JSON object.
+    /// Directory for the report: figures as one flat JSON object, and the timeline as text and as a picture.
     #[arg(long)]
-    json: PathBuf,
+    out: PathBuf,
     /// What to measure; everything if none is named.
     parts: Vec<Part>,
 }
@@ -68,9 +71,6 @@ enum Part {
     Cri,
 }
 
-/// Runs before those that count: they fill page caches, and have the lab kernel patch itself.
-const WARM_UPS: usize = 2;
-
 impl Place {
     /// A program, kernel or initrd of the VMM's.
     fn library(&self, name: &str) -> PathBuf {
@@ -84,7 +84,7 @@ impl Place {
 }
 
 fn main() -> Result<()> {
-    let Arguments { place, json, parts } = Arguments::parse();
+    let Arguments { place, out, parts } = Arguments::parse();
     // Before there is a second thread.
     let spawners = (Spawner::fork()?, Spawner::fork()?);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -93,7 +93,12 @@ fn main() -> Result<()> {
     let parts = if parts.is_empty() { all.to_vec() } else { parts };
     runtime.block_on(measure(&place, &parts, spawners, &mut report))?;
     report.print();
-    report.write(&json)
+    let timeline = timeline::text(&report);
+    print!("{timeline}");
+    fs::create_dir_all(&out)?;
+    fs::write(out.join("timeline.txt"), timeline)?;
+    timeline::draw(&report, &out.join("timeline.svg"))?;
+    report.write(&out.join("report.json"))
 }
 
 async fn measure(place: &Place, parts: &[Part], spawners: (Spawner, Spawner), report: &mut Report) -> Result<()> {
@@ -101,7 +106,7 @@ async fn measure(place: &Place, parts: &[Part], spawners: (Spawner, Spawner), re
     let pods = boot::open(place, spawners.1).await?;
     for part in parts {
         match part {
-            Part::Plain => plain::measure(place, report)?,
+            Part::Plain => plain::measure(place, report).await?,
             Part::Boot => {
                 boot::measure_minimal(place, &minimal, report).await?;
                 boot::measure_pod(place, &pods, report).await?;

@@ -8,22 +8,23 @@ use anyhow::{Context, Result, bail};
 use vmm_control::EventKind;
 
 use crate::phases::{events, find, minstr, now};
+use crate::repeat::repeat;
 use crate::report::{Report, Samples};
-use crate::{Place, WARM_UPS, kvm};
+use crate::{Place, kvm};
 
 /// What the plain initrd's `/init` prints.
 const LINE: &str = "HELLO-FROM-GUEST";
 
 /// Measures `boot.plain.*`, and of it what comes before the guest.
-pub(crate) fn measure(place: &Place, report: &mut Report) -> Result<()> {
+pub(crate) async fn measure(place: &Place, report: &mut Report) -> Result<()> {
     let mut samples = Samples::default();
-    for run in 0..WARM_UPS + place.runs {
-        let boot = boot(place).context("booting the plain kernel")?;
-        if run >= WARM_UPS {
-            samples.add("boot.plain.minstr", minstr(boot.begun, boot.seen));
-            samples.add("boot.plain.exits", boot.exits);
-            samples.add("boot.before_guest.minstr", minstr(boot.begun, boot.loaded));
-        }
+    for boot in repeat("boot.plain", place.runs, async || boot(place)).await? {
+        samples.add("boot.plain.minstr", minstr(boot.begun, boot.seen));
+        samples.add("boot.plain.exits", boot.exits);
+        samples.add("boot.before_guest.minstr", minstr(boot.begun, boot.loaded));
+        samples.add("boot.plain.spawn.minstr", minstr(boot.begun, boot.started));
+        samples.add("boot.plain.set_up.minstr", minstr(boot.started, boot.loaded));
+        samples.add("boot.plain.guest.minstr", minstr(boot.loaded, boot.seen));
     }
     report.take(samples);
     Ok(())
@@ -32,6 +33,8 @@ pub(crate) fn measure(place: &Place, report: &mut Report) -> Result<()> {
 /// A boot of the plain kernel: moments on the clock of [`now`], and exits up to the line.
 pub(crate) struct Boot {
     begun: u64,
+    /// The VMM's `main` was entered.
+    started: u64,
     /// The VMM is about to start the guest.
     loaded: u64,
     /// The line was read.
@@ -62,9 +65,10 @@ pub(crate) fn boot(place: &Place) -> Result<Boot> {
     pericarp.stdin.take().context("its input is a pipe")?.write_all(b"\x01x")?;
     pericarp.wait()?;
     let events = events(&log)?;
-    let loaded = find(&events, &EventKind::Loaded).context("the VMM did not say that it starts the guest")?;
+    let moment = |kind| find(&events, &kind).map(|event| event.at_ns).context("the VMM left out an event");
+    let (started, loaded) = (moment(EventKind::Started)?, moment(EventKind::Loaded)?);
     fs::remove_file(&log)?;
-    Ok(Boot { begun, loaded: loaded.at_ns, seen, exits })
+    Ok(Boot { begun, started, loaded, seen, exits })
 }
 
 /// The only child of a process.

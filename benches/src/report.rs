@@ -48,6 +48,11 @@ impl Report {
         }
     }
 
+    /// A figure's median.
+    pub(crate) fn get(&self, name: &str) -> Option<f64> {
+        self.0.get(name).map(|figure| figure.median)
+    }
+
     /// The table.
     pub(crate) fn print(&self) {
         let width = self.0.keys().map(String::len).max().unwrap_or(0);
