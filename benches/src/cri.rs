@@ -15,6 +15,7 @@ use cri_shim::cri::proto::{
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use tokio::task::JoinSet;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::repeat::repeat;
@@ -24,6 +25,10 @@ use crate::{Place, kvm, smaps};
 /// What a container runs; it needs no more than a kernel.
 const IMAGE: &str = "registry.k8s.io/e2e-test-images/busybox:1.29-2";
 const COMMAND: [&str; 2] = ["sleep", "3600"];
+
+/// Pods that are started at once, and how often that is measured.
+const AT_ONCE: [usize; 2] = [1, 10];
+const RATE_RUNS: usize = 3;
 
 /// Longest start of the daemon.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -52,6 +57,46 @@ pub(crate) async fn measure(place: &Place, report: &mut Report) -> Result<()> {
     daemon.end()
 }
 
+/// Measures `runs.pods_per_s.*`: pods that are asked for at once, over the seconds until the last of them is there.
+pub(crate) async fn measure_rate(place: &Place, report: &mut Report) -> Result<()> {
+    let daemon = Daemon::start(place)?;
+    let calls = RuntimeServiceClient::new(daemon.connect().await?);
+    let mut samples = Samples::default();
+    for count in AT_ONCE {
+        for rate in repeat("pods at once", RATE_RUNS, async || rate(&calls, &daemon.directory, count).await).await? {
+            samples.add(format!("runs.pods_per_s.{count}"), rate);
+        }
+    }
+    report.take(samples);
+    daemon.end()
+}
+
+async fn rate(calls: &RuntimeServiceClient<Channel>, logs: &Path, count: usize) -> Result<f64> {
+    let since = Instant::now();
+    let mut starting = JoinSet::new();
+    for number in 0..count {
+        let mut calls = calls.clone();
+        let request = RunPodSandboxRequest { config: Some(pod_config(logs, number)), ..Default::default() };
+        starting.spawn(async move { calls.run_pod_sandbox(request).await });
+    }
+    let started = starting.join_all().await;
+    let elapsed = since.elapsed().as_secs_f64();
+    let mut failed = None;
+    for pod in started {
+        match pod {
+            Ok(pod) => remove(&mut calls.clone(), pod.into_inner().pod_sandbox_id).await?,
+            Err(error) => failed = Some(error),
+        }
+    }
+    failed.map_or(Ok(count as f64 / elapsed), |error| Err(error).context("RunPodSandbox"))
+}
+
+async fn remove(calls: &mut RuntimeServiceClient<Channel>, pod: String) -> Result<()> {
+    calls.stop_pod_sandbox(StopPodSandboxRequest { pod_sandbox_id: pod.clone() }).await.context("StopPodSandbox")?;
+    calls.remove_pod_sandbox(RemovePodSandboxRequest { pod_sandbox_id: pod }).await.context("RemovePodSandbox")?;
+    Ok(())
+}
+
 /// One pod with one container, from begin to end; what each call took.
 async fn life(calls: &mut RuntimeServiceClient<Channel>, logs: &Path) -> Result<Vec<(String, f64)>> {
     let mut figures = Vec::new();
@@ -60,7 +105,7 @@ async fn life(calls: &mut RuntimeServiceClient<Channel>, logs: &Path) -> Result<
         figures.push((format!("cri.{name}.minstr"), since.elapsed().as_secs_f64() * 1e3));
         since = Instant::now();
     };
-    let pod_config = pod_config(logs);
+    let pod_config = pod_config(logs, 0);
     let request = RunPodSandboxRequest { config: Some(pod_config.clone()), ..Default::default() };
     let pod = calls.run_pod_sandbox(request).await.context("RunPodSandbox")?.into_inner().pod_sandbox_id;
     lap("run_pod");
@@ -85,11 +130,11 @@ async fn life(calls: &mut RuntimeServiceClient<Channel>, logs: &Path) -> Result<
     Ok(figures)
 }
 
-fn pod_config(logs: &Path) -> PodSandboxConfig {
+fn pod_config(logs: &Path, number: usize) -> PodSandboxConfig {
     let metadata = PodSandboxMetadata {
-        name: "bench".into(),
+        name: format!("bench-{number}"),
         namespace: "default".into(),
-        uid: "bench".into(),
+        uid: format!("bench-{number}"),
         ..Default::default()
     };
     PodSandboxConfig {

@@ -18,7 +18,7 @@ mod timeline;
 mod trace;
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
@@ -35,6 +35,9 @@ struct Arguments {
     /// Directory for the report: figures as one flat JSON object, and the timeline as text and as a picture.
     #[arg(long)]
     out: PathBuf,
+    /// An earlier report.json to compare with: what is worse goes to worse.txt beside the report.
+    #[arg(long)]
+    baseline: Option<PathBuf>,
     /// What to measure; everything if none is named.
     parts: Vec<Part>,
 }
@@ -69,6 +72,8 @@ enum Part {
     Exits,
     /// Calls of the CRI.
     Cri,
+    /// Pods a second.
+    Rate,
 }
 
 impl Place {
@@ -84,12 +89,12 @@ impl Place {
 }
 
 fn main() -> Result<()> {
-    let Arguments { place, out, parts } = Arguments::parse();
+    let Arguments { place, out, baseline, parts } = Arguments::parse();
     // Before there is a second thread.
     let spawners = (Spawner::fork()?, Spawner::fork()?);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let mut report = Report::default();
-    let all = [Part::Plain, Part::Boot, Part::Exits, Part::Cri];
+    let all = [Part::Plain, Part::Boot, Part::Exits, Part::Cri, Part::Rate];
     let parts = if parts.is_empty() { all.to_vec() } else { parts };
     runtime.block_on(measure(&place, &parts, spawners, &mut report))?;
     report.print();
@@ -98,7 +103,21 @@ fn main() -> Result<()> {
     fs::create_dir_all(&out)?;
     fs::write(out.join("timeline.txt"), timeline)?;
     timeline::draw(&report, &out.join("timeline.svg"))?;
+    if let Some(baseline) = baseline {
+        compare(&report, &Report::read(&baseline)?, &out)?;
+    }
     report.write(&out.join("report.json"))
+}
+
+/// Shows what is worse than before, and the two timelines.
+fn compare(now: &Report, before: &Report, out: &Path) -> Result<()> {
+    let worse = now.worse_than(before);
+    if !worse.is_empty() {
+        let lines = format!("worse than benches/baseline.json:\n{}\n", worse.join("\n"));
+        let timelines = format!("before:\n{}now:\n{}", timeline::text(before), timeline::text(now));
+        fs::write(out.join("worse.txt"), lines + &timelines)?;
+    }
+    Ok(())
 }
 
 async fn measure(place: &Place, parts: &[Part], spawners: (Spawner, Spawner), report: &mut Report) -> Result<()> {
@@ -113,6 +132,7 @@ async fn measure(place: &Place, parts: &[Part], spawners: (Spawner, Spawner), re
             }
             Part::Exits => exits::measure(place, &minimal, &pods, report).await?,
             Part::Cri => cri::measure(place, report).await?,
+            Part::Rate => cri::measure_rate(place, report).await?,
         }
     }
     Ok(())

@@ -6,6 +6,21 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+/// How much worse a figure may be than the one that is kept: counts of instructions as a factor, exits by so many.
+const MORE_INSTRUCTIONS: f64 = 1.03;
+const MORE_EXITS: f64 = 5.0;
+
+/// The largest figure that is not worse than `before`; `None` for what is only ever shown.
+fn most(name: &str, before: f64) -> Option<f64> {
+    if name.ends_with(".minstr") && !name.starts_with("qemu") {
+        Some(before * MORE_INSTRUCTIONS)
+    } else if name.ends_with(".exits") && !name.starts_with("qemu") {
+        Some(before + MORE_EXITS)
+    } else {
+        None
+    }
+}
+
 /// Repeated measurements under their names.
 #[derive(Debug, Default)]
 pub(crate) struct Samples(BTreeMap<String, Vec<f64>>);
@@ -53,6 +68,24 @@ impl Report {
         self.0.get(name).map(|figure| figure.median)
     }
 
+    /// Reads what [`Report::write`] wrote.
+    pub(crate) fn read(path: &Path) -> Result<Self> {
+        let text = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+        let medians: BTreeMap<String, f64> = serde_json::from_str(&text)?;
+        let figure = |median| Figure { median, spread: 0.0 };
+        Ok(Self(medians.into_iter().map(|(name, median)| (name, figure(median))).collect()))
+    }
+
+    /// One line for each figure that is worse than `baseline` allows; figures that only one of them has do not count.
+    pub(crate) fn worse_than(&self, baseline: &Self) -> Vec<String> {
+        let worse = |(name, now): (&String, &Figure)| {
+            let before = baseline.get(name)?;
+            let most = most(name, before)?;
+            (now.median > most).then(|| format!("{name}: {:.2}, was {before:.2}, allowed {most:.2}", now.median))
+        };
+        self.0.iter().filter_map(worse).collect()
+    }
+
     /// The table.
     pub(crate) fn print(&self) {
         let width = self.0.keys().map(String::len).max().unwrap_or(0);
@@ -73,6 +106,35 @@ impl Report {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn report(figures: &[(&str, f64)]) -> Report {
+        let mut samples = Samples::default();
+        for (name, value) in figures {
+            samples.add(*name, *value);
+        }
+        let mut report = Report::default();
+        report.take(samples);
+        report
+    }
+
+    #[test]
+    fn what_is_worse_is_told_and_nothing_else() {
+        let before =
+            report(&[("a.minstr", 100.0), ("b.minstr", 100.0), ("a.exits", 10.0), ("b.exits", 10.0), ("c.kib", 1.0)]);
+        let after = report(&[
+            ("a.minstr", 103.0),
+            ("b.minstr", 103.1),
+            ("a.exits", 15.0),
+            ("b.exits", 16.0),
+            ("c.kib", 9.0),
+            ("d.minstr", 1.0),
+        ]);
+        assert_eq!(
+            after.worse_than(&before),
+            ["b.exits: 16.00, was 10.00, allowed 15.00", "b.minstr: 103.10, was 100.00, allowed 103.00"]
+        );
+        assert!(before.worse_than(&after).is_empty());
+    }
 
     #[test]
     fn the_median_of_an_odd_count_is_the_middle_one() {
