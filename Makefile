@@ -87,8 +87,9 @@ test-lab: $(ROOT)
 conformance: $(ROOT)
 	tests/conformance/run $(FLAGS)
 
+# PARTS="plain boot" measures only that.
 bench: $(ROOT)
-	benches/run
+	benches/run $(PARTS)
 
 clean:
 	cargo clean
