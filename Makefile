@@ -72,7 +72,7 @@ test-host: setup
 
 # Cargo runs each test binary through the lab; two labs side by side use both cores.
 LAB_TESTS_A := pod
-LAB_TESTS_B := bad_input
+LAB_TESTS_B := bad_input streaming
 in_lab = CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='$(CURDIR)/$(LAB) --timeout 2400 --' cargo test --locked -p pericarp-tests \
 	$(addprefix --test ,$(1)) -- --test-threads 1 --nocapture
 

@@ -16,9 +16,10 @@ mod scratch;
 pub mod seccomp;
 pub mod spawner;
 pub mod spec;
+pub mod streaming;
 mod undo;
 mod vmm;
 mod watched;
 
-pub use agent::{Session, SessionOutput};
+pub use agent::{Session, SessionOutput, SessionReader, SessionWriter};
 pub use error::{Error, Result};

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::network::Attachment;
-use crate::pod::Moment;
+use crate::pod::{ContainerUser, Moment};
 use crate::spec::{ContainerSpec, PodSpec};
 
 /// Version of [`Record`]; another one's pods are left alone.
@@ -139,6 +139,9 @@ pub(crate) struct ContainerRecord {
     pub image_id: String,
     /// Its log and the port that leads there.
     pub log: Option<LogRecord>,
+    /// Who its first process runs as, once the agent has said so.
+    #[serde(default)]
+    pub user: Option<ContainerUser>,
     /// How far it is.
     pub life: Life,
 }
@@ -248,6 +251,7 @@ pub(crate) mod tests {
                     created_at_ns: 2,
                     image_id: "sha256:0".into(),
                     log: Some(LogRecord { port: 2000, path: "/log".into() }),
+                    user: Some(ContainerUser { uid: 1, gid: 2, groups: vec![3] }),
                     life: Life::Running { started_at_ns: 3 },
                 },
             )]),

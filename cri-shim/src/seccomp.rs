@@ -2,7 +2,9 @@
 //!
 //! It keeps a container from those parts of its own guest kernel that programs do not need, as the profiles of other
 //! runtimes do; the wall between pods is the virtual machine, not this. It runs inside the guest, so it knows
-//! x86_64 only, as the guest does.
+//! x86_64 only, as the guest does. Profiles of the node are in [`profile`].
+
+mod profile;
 
 use std::collections::BTreeMap;
 
@@ -13,6 +15,8 @@ use seccompiler::{
 };
 
 use crate::error::{Error, Result};
+
+pub use profile::local_filter;
 
 /// Not in the libc crate yet.
 const SYS_IO_PGETEVENTS: c_long = 333;
@@ -111,14 +115,16 @@ const PERSONALITIES: [u64; 5] = [0, 0x8, 0x2_0000, 0x2_0008, 0xffff_ffff];
 pub fn default_filter(capabilities: &[String]) -> Result<Vec<u8>> {
     let program = compile(capabilities)
         .map_err(|error| Error::Internal(format!("the default seccomp profile cannot be compiled: {error}")))?;
-    Ok(program
-        .iter()
-        .flat_map(|step| {
-            let [c0, c1] = step.code.to_le_bytes();
-            let [k0, k1, k2, k3] = step.k.to_le_bytes();
-            [c0, c1, step.jt, step.jf, k0, k1, k2, k3]
-        })
-        .collect())
+    Ok(bytes(&program))
+}
+
+fn bytes(program: &[sock_filter]) -> Vec<u8> {
+    let step = |step: &sock_filter| {
+        let [c0, c1] = step.code.to_le_bytes();
+        let [k0, k1, k2, k3] = step.k.to_le_bytes();
+        [c0, c1, step.jt, step.jf, k0, k1, k2, k3]
+    };
+    program.iter().flat_map(step).collect()
 }
 
 fn compile(capabilities: &[String]) -> Result<BpfProgram, seccompiler::BackendError> {

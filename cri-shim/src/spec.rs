@@ -41,6 +41,21 @@ pub struct PodSpec {
     pub network: NetworkSource,
 }
 
+/// Longest name that a host takes by itself, in bytes: a DNS label, as the kubelet has it.
+const HOSTNAME_BYTES: usize = 63;
+
+impl PodSpec {
+    /// The name the guest goes by: the one asked for, or as much of the pod's as a host can have.
+    #[must_use]
+    pub fn hostname(&self) -> &str {
+        let (asked, name) = (self.hostname.as_str(), self.identity.name.as_str());
+        if !asked.is_empty() {
+            return asked;
+        }
+        name.get(..HOSTNAME_BYTES).map_or(name, |cut| cut.trim_end_matches(['-', '.']))
+    }
+}
+
 /// Who a pod is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PodIdentity {
@@ -114,6 +129,27 @@ pub struct Resources {
     pub pids_limit: Option<u64>,
     /// cgroup v2 file names to contents.
     pub unified: BTreeMap<String, String>,
+}
+
+impl Resources {
+    /// Takes over what `other` names.
+    pub fn update(&mut self, other: &Self) {
+        let Self { cpu_period, cpu_quota, cpu_shares, memory_limit, memory_swap_limit, oom_score_adj, .. } = other;
+        self.cpu_period = cpu_period.or(self.cpu_period);
+        self.cpu_quota = cpu_quota.or(self.cpu_quota);
+        self.cpu_shares = cpu_shares.or(self.cpu_shares);
+        self.memory_limit = memory_limit.or(self.memory_limit);
+        self.memory_swap_limit = memory_swap_limit.or(self.memory_swap_limit);
+        self.oom_score_adj = oom_score_adj.or(self.oom_score_adj);
+        self.pids_limit = other.pids_limit.or(self.pids_limit);
+        for (mine, theirs) in [(&mut self.cpuset_cpus, &other.cpuset_cpus), (&mut self.cpuset_mems, &other.cpuset_mems)]
+        {
+            if !theirs.is_empty() {
+                mine.clone_from(theirs);
+            }
+        }
+        self.unified.extend(other.unified.clone());
+    }
 }
 
 /// A container to create in a pod: the subset of an OCI runtime specification that crosses into the guest.
@@ -269,4 +305,21 @@ pub enum PidNamespace {
     Node,
     /// That of another container, by id.
     Target(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_pod_name_is_cut_to_a_host_name() {
+        let hostname = |hostname: &str, name: &str| {
+            let identity = PodIdentity { name: name.into(), ..Default::default() };
+            PodSpec { hostname: hostname.into(), identity, ..Default::default() }.hostname().to_owned()
+        };
+        assert_eq!(hostname("", "web"), "web");
+        assert_eq!(hostname("asked", "web"), "asked");
+        assert_eq!(hostname("", &"a".repeat(253)), "a".repeat(63));
+        assert_eq!(hostname("", &format!("{}-.-bbb", "a".repeat(60))), "a".repeat(60));
+    }
 }

@@ -1,8 +1,9 @@
-//! Compares `proto/cri.proto` with the reference, name by name and number by number.
+//! Compares `proto/cri.proto` with the reference, name by name and number by number, and with what docs/conformance.md
+//! says of each field of a request.
 //!
 //! The reference comes from the Go module k8s.io/cri-api, as `go mod download` fetches and verifies it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -24,6 +25,50 @@ fn every_call_message_and_field_is_the_references() {
     let missing: Vec<_> = reference.iter().filter(|fact| ours.get(fact.0) != Some(fact.1)).collect();
     let extra: Vec<_> = ours.iter().filter(|fact| reference.get(fact.0) != Some(fact.1)).collect();
     assert!(missing.is_empty() && extra.is_empty(), "only in the reference: {missing:#?}\nonly in ours: {extra:#?}");
+}
+
+#[test]
+fn the_documentation_speaks_of_every_field_of_a_request() {
+    let FileDescriptorSet { file } =
+        protox::compile(["cri.proto"], [Path::new(env!("CARGO_MANIFEST_DIR")).join("proto")]).expect("it compiles");
+    let file = file.first().expect("one file");
+    let simple = |name: &str| name.rsplit('.').next().unwrap_or_default().to_owned();
+    let messages: BTreeMap<&str, &DescriptorProto> = file.message_type.iter().map(|m| (m.name(), m)).collect();
+    let documented = documented();
+    let mut seen = BTreeSet::new();
+    let mut queue: Vec<String> =
+        file.service.iter().flat_map(|service| &service.method).map(|method| simple(method.input_type())).collect();
+    while let Some(name) = queue.pop() {
+        // Refused as a whole.
+        if name.starts_with("Windows") || !seen.insert(name.clone()) {
+            continue;
+        }
+        for field in messages.get(name.as_str()).expect("a message of the file").field.iter() {
+            let row = documented.get(&name).unwrap_or_else(|| panic!("no row for {name}"));
+            assert!(row.contains(field.name()), "{name}.{} is not in its row", field.name());
+            let kind = simple(field.type_name());
+            if messages.contains_key(kind.as_str()) {
+                queue.push(kind);
+            }
+        }
+    }
+    let strangers: Vec<_> = documented.keys().filter(|name| !seen.contains(*name)).collect();
+    assert!(strangers.is_empty(), "rows for what no request has: {strangers:?}");
+}
+
+/// Fields by message, from the table's rows: "| `Message`, `Message` | `field` … |".
+fn documented() -> BTreeMap<String, BTreeSet<String>> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/conformance.md");
+    let text = std::fs::read_to_string(path).expect("the document is there");
+    let quoted = |text: &str| text.split('`').skip(1).step_by(2).map(str::to_owned).collect::<BTreeSet<_>>();
+    let mut rows: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for line in text.lines().filter(|line| line.starts_with("| `")) {
+        let (names, fields) = line.trim_start_matches("| ").split_once('|').expect("a table has columns");
+        for name in quoted(names) {
+            rows.entry(name).or_default().extend(quoted(fields));
+        }
+    }
+    rows
 }
 
 fn download() -> PathBuf {

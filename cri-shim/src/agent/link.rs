@@ -7,6 +7,7 @@ use agent_protocol::{FrameError, agree, encode, frame_length, v1};
 use prost::Message;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 
 use crate::error::{Error, Result};
 use crate::pod::PodDir;
@@ -23,12 +24,43 @@ const READ_BYTES: usize = 16 << 10;
 /// A connection on which both sides have said Hello.
 #[derive(Debug)]
 pub(super) struct Link {
-    stream: UnixStream,
+    reader: Reader,
+    writer: Writer,
+}
+
+/// What comes from the agent.
+#[derive(Debug)]
+pub(super) struct Reader {
+    stream: OwnedReadHalf,
     /// Bytes received and not yet understood.
     buffer: Vec<u8>,
 }
 
+/// What goes to the agent. It takes the loss of this half for the end of the connection.
+#[derive(Debug)]
+pub(super) struct Writer(OwnedWriteHalf);
+
 impl Link {
+    fn new(stream: UnixStream) -> Self {
+        let (stream, writer) = stream.into_split();
+        Self { reader: Reader { stream, buffer: Vec::new() }, writer: Writer(writer) }
+    }
+
+    /// Both directions apart, for two who must not wait for each other.
+    pub(super) fn split(self) -> (Reader, Writer) {
+        (self.reader, self.writer)
+    }
+
+    /// Sends one message.
+    pub(super) async fn send(&mut self, message: &impl Message) -> Result<()> {
+        self.writer.send(message).await
+    }
+
+    /// The next message; `None` if the agent closed between messages. Losing the future loses no bytes.
+    pub(super) async fn next<M: Message + Default>(&mut self) -> Result<Option<M>> {
+        self.reader.next().await
+    }
+
     /// Connects to a port of the agent; also returns the guest's `uname -r`. The VMM holds the connection until the
     /// agent listens, so `limit` covers a boot.
     pub(super) async fn open(dir: &PodDir, port: u32, limit: Duration) -> Result<(Self, String)> {
@@ -41,9 +73,9 @@ impl Link {
     async fn open_in_time(dir: &PodDir, port: u32) -> Result<(Self, String)> {
         let (_directory, path) = dir.reach(&dir.vsock())?;
         let stream = UnixStream::connect(path).await.map_err(|error| unreachable_agent(&error))?;
-        let mut link = Self { stream, buffer: Vec::new() };
-        link.write(format!("CONNECT {port}\n").as_bytes()).await?;
-        let answer = link.line().await?;
+        let mut link = Self::new(stream);
+        link.writer.write(format!("CONNECT {port}\n").as_bytes()).await?;
+        let answer = link.reader.line().await?;
         if !answer.starts_with("OK ") {
             return Err(Error::Unavailable(format!("the VMM answered {answer:?} to a connection to the agent")));
         }
@@ -52,22 +84,34 @@ impl Link {
         agree(hello.version).map_err(|error| broken(&error))?;
         Ok((link, hello.kernel))
     }
+}
 
+impl Writer {
     /// Sends one message.
     pub(super) async fn send(&mut self, message: &impl Message) -> Result<()> {
-        let frame = encode(message).map_err(|error| match error {
-            FrameError::TooLong(_) => Error::InvalidArgument(format!("too much for the agent: {error}")),
-            other => broken(&other),
-        })?;
-        self.write(&frame).await
+        self.write(&frame(message)?).await
+    }
+
+    /// Sends one message, however long the agent takes to want it.
+    pub(super) async fn send_unhurried(&mut self, message: &impl Message) -> Result<()> {
+        self.0.write_all(&frame(message)?).await.map_err(|error| unreachable_agent(&error))
     }
 
     async fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        let written = tokio::time::timeout(WRITE_LIMIT, self.stream.write_all(bytes)).await;
+        let written = tokio::time::timeout(WRITE_LIMIT, self.0.write_all(bytes)).await;
         let timed_out = || Error::DeadlineExceeded("the agent takes no more messages".into());
         written.map_err(|_| timed_out())?.map_err(|error| unreachable_agent(&error))
     }
+}
 
+fn frame(message: &impl Message) -> Result<Vec<u8>> {
+    encode(message).map_err(|error| match error {
+        FrameError::TooLong(_) => Error::InvalidArgument(format!("too much for the agent: {error}")),
+        other => broken(&other),
+    })
+}
+
+impl Reader {
     /// The next message; `None` if the agent closed between messages. Losing the future loses no bytes.
     pub(super) async fn next<M: Message + Default>(&mut self) -> Result<Option<M>> {
         loop {
@@ -125,7 +169,7 @@ mod tests {
 
     fn link() -> (Link, UnixStream) {
         let (ours, theirs) = UnixStream::pair().expect("socketpair");
-        (Link { stream: ours, buffer: Vec::new() }, theirs)
+        (Link::new(ours), theirs)
     }
 
     #[tokio::test]
@@ -150,6 +194,6 @@ mod tests {
         assert!(matches!(link.next::<v1::Hello>().await, Err(Error::Unavailable(_))));
         let (mut link, mut agent) = self::link();
         agent.write_all(&[b'x'; 4096]).await.expect("writes");
-        assert!(link.line().await.is_err(), "a line has a limit");
+        assert!(link.reader.line().await.is_err(), "a line has a limit");
     }
 }

@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::pod::PodDir;
 use link::Link;
 
-pub use session::{Session, SessionOutput};
+pub use session::{Session, SessionOutput, SessionReader, SessionWriter};
 pub(crate) use v1::reply::Result as Answer;
 pub(crate) use v1::request::Call;
 
@@ -140,6 +140,7 @@ fn name_of(call: &Call) -> &'static str {
         Call::PowerOff(_) => "PowerOff",
         Call::ReopenLog(_) => "ReopenLog",
         Call::UpdateContainer(_) => "UpdateContainer",
+        Call::GetStats(_) => "GetStats",
     }
 }
 

@@ -16,6 +16,7 @@ use cri_shim::image::Store;
 use cri_shim::network::Network;
 use cri_shim::pod::Pods;
 use cri_shim::spawner::Spawner;
+use cri_shim::streaming::Streaming;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -72,10 +73,12 @@ async fn run(config: &Config, spawner: Spawner) -> Result<()> {
     let pods = Pods::open(config.core.clone(), spawner, images.clone(), network.clone())
         .await
         .context("finding the pods of an earlier daemon")?;
+    let streaming = Streaming::start(pods.clone()).await.context("starting the streaming server")?;
     let node = Node {
         pods,
         images,
         network,
+        streaming,
         handler: config.handler.clone(),
         config: serde_json::to_value(config).context("the configuration as JSON")?,
     };

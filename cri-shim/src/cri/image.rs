@@ -6,6 +6,7 @@ use tonic::{Code, Request, Response, Status};
 
 use super::proto::image_service_server::ImageService;
 use super::proto::*;
+use super::runtime::{Parts, parts};
 use super::{Node, convert};
 use crate::image::{self, Auth};
 
@@ -14,12 +15,7 @@ type Answer<T> = Result<Response<T>, Status>;
 #[tonic::async_trait]
 impl ImageService for Node {
     async fn list_images(&self, request: Request<ListImagesRequest>) -> Answer<ListImagesResponse> {
-        let filter = request.into_inner().filter.and_then(|filter| filter.image);
-        let images = match filter.filter(|image| !image.image.is_empty()) {
-            Some(image) => self.images.resolve(&image.image).into_iter().collect(),
-            None => self.images.list().map_err(|error| status(&error))?,
-        };
-        Ok(Response::new(ListImagesResponse { images: images.iter().map(wire_image).collect() }))
+        Ok(Response::new(ListImagesResponse { images: listed(self, request.into_inner().filter)? }))
     }
 
     /// An image that is not there is an answer without one, not an error.
@@ -55,11 +51,21 @@ impl ImageService for Node {
         Ok(Response::new(ImageFsInfoResponse { image_filesystems: vec![images], container_filesystems: Vec::new() }))
     }
 
-    type StreamImagesStream = tokio_stream::Empty<Result<StreamImagesResponse, Status>>;
+    type StreamImagesStream = Parts<StreamImagesResponse>;
 
-    async fn stream_images(&self, _: Request<StreamImagesRequest>) -> Answer<Self::StreamImagesStream> {
-        Err(Status::unimplemented("StreamImages is not implemented yet"))
+    async fn stream_images(&self, request: Request<StreamImagesRequest>) -> Answer<Self::StreamImagesStream> {
+        let images = listed(self, request.into_inner().filter)?;
+        parts(&images, |images| StreamImagesResponse { images })
     }
+}
+
+fn listed(node: &Node, filter: Option<ImageFilter>) -> Result<Vec<Image>, Status> {
+    let name = filter.and_then(|filter| filter.image).map(|image| image.image).filter(|name| !name.is_empty());
+    let images = match name {
+        Some(name) => node.images.resolve(&name).into_iter().collect(),
+        None => node.images.list().map_err(|error| status(&error))?,
+    };
+    Ok(images.iter().map(wire_image).collect())
 }
 
 fn named(image: Option<ImageSpec>) -> Result<String, Status> {

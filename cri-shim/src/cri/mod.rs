@@ -7,6 +7,7 @@ pub(crate) mod convert;
 mod image;
 mod readiness;
 mod runtime;
+mod stats;
 
 use std::future::Future;
 
@@ -18,6 +19,7 @@ use crate::error::Error;
 use crate::image::Store;
 use crate::network::Network;
 use crate::pod::Pods;
+use crate::streaming::Streaming;
 use proto::image_service_server::ImageServiceServer;
 use proto::runtime_service_server::RuntimeServiceServer;
 
@@ -39,6 +41,8 @@ pub struct Node {
     pub images: Store,
     /// Networks.
     pub network: Network,
+    /// Where clients go for exec, attach and port-forward.
+    pub streaming: Streaming,
     /// The runtime handler that pods may ask for by name.
     pub handler: String,
     /// The daemon's configuration, for people who ask for it.

@@ -1,15 +1,20 @@
 //! RuntimeService: pods and containers.
 
 use std::collections::HashMap;
+use std::pin::Pin;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use futures_util::{Stream, StreamExt};
 use serde::Serialize;
+use tokio_stream::wrappers::BroadcastStream;
 use tonic::{Request, Response, Status};
 
 use super::proto::runtime_service_server::RuntimeService;
 use super::proto::*;
-use super::{Node, convert, readiness};
+use super::{Node, convert, readiness, stats};
 use crate::error::Error;
+use crate::pod::{ContainerState, PodState};
+use crate::streaming::{self, Wanted};
 
 /// Of this interface, not of this program (CRI `VersionResponse.version`).
 const KUBELET_API_VERSION: &str = "0.1.0";
@@ -23,6 +28,18 @@ type Answer<T> = Result<Response<T>, Status>;
 
 /// A stream of a call that is not implemented, and so of nothing.
 type Nothing<T> = tokio_stream::Empty<Result<T, Status>>;
+
+/// A list in parts.
+pub(super) type Parts<T> = tokio_stream::Iter<std::vec::IntoIter<Result<T, Status>>>;
+
+/// Items of a list in one part: far from what a message holds, were every one as long as can be.
+const PART_ITEMS: usize = 100;
+
+/// The Stream calls answer as their List calls do, for lists that no message would hold (CRI, since Kubernetes 1.36).
+pub(super) fn parts<I: Clone, T>(items: &[I], part: impl Fn(Vec<I>) -> T) -> Answer<Parts<T>> {
+    let parts: Vec<_> = items.chunks(PART_ITEMS).map(|items| Ok(part(items.to_vec()))).collect();
+    answer(tokio_stream::iter(parts))
+}
 
 fn answer<T>(message: T) -> Answer<T> {
     Ok(Response::new(message))
@@ -51,6 +68,39 @@ fn seconds(count: i64) -> Duration {
     Duration::from_secs(u64::try_from(count).unwrap_or(0))
 }
 
+/// What the CRI allows: something, and no errors beside a terminal (ExecRequest, AttachRequest).
+fn wanted(wanted: Wanted) -> Result<Wanted, Status> {
+    if wanted.terminal && wanted.stderr {
+        return Err(Status::invalid_argument("a terminal has one output: ask for tty or stderr, not for both"));
+    }
+    if !(wanted.stdin || wanted.stdout || wanted.stderr) {
+        return Err(Status::invalid_argument("none of stdin, stdout and stderr is asked for"));
+    }
+    Ok(wanted)
+}
+
+/// The whole id of a container that runs.
+fn running(node: &Node, id: &str) -> Result<String, Status> {
+    let container = node.pods.container(id)?;
+    if container.state != ContainerState::Running {
+        return Err(Error::FailedPrecondition(format!("container {} does not run", container.id)).into());
+    }
+    Ok(container.id)
+}
+
+impl Node {
+    fn listed_pods(&self, filter: Option<&PodSandboxFilter>) -> Vec<PodSandbox> {
+        let pods = self.pods.pods();
+        pods.iter().filter(|pod| convert::pod_matches(filter, pod)).map(|pod| convert::pod(pod)).collect()
+    }
+
+    fn listed_containers(&self, filter: Option<&ContainerFilter>) -> Vec<Container> {
+        let containers = self.pods.containers();
+        let matching = containers.iter().filter(|container| convert::container_matches(filter, container));
+        matching.map(convert::container).collect()
+    }
+}
+
 #[tonic::async_trait]
 impl RuntimeService for Node {
     async fn version(&self, _: Request<VersionRequest>) -> Answer<VersionResponse> {
@@ -71,8 +121,7 @@ impl RuntimeService for Node {
             status: Some(readiness::conditions(self)),
             info,
             runtime_handlers: vec![handler(""), handler(&self.handler)],
-            // SupplementalGroupsPolicy is obeyed; the feature means besides that ContainerStatus tells the groups.
-            features: Some(RuntimeFeatures::default()),
+            features: Some(RuntimeFeatures { supplemental_groups_policy: true, ..RuntimeFeatures::default() }),
         })
     }
 
@@ -110,9 +159,7 @@ impl RuntimeService for Node {
     }
 
     async fn list_pod_sandbox(&self, request: Request<ListPodSandboxRequest>) -> Answer<ListPodSandboxResponse> {
-        let filter = request.get_ref().filter.as_ref();
-        let pods = self.pods.pods();
-        let items = pods.iter().filter(|pod| convert::pod_matches(filter, pod)).map(|pod| convert::pod(pod)).collect();
+        let items = self.listed_pods(request.get_ref().filter.as_ref());
         answer(ListPodSandboxResponse { items })
     }
 
@@ -145,10 +192,7 @@ impl RuntimeService for Node {
     }
 
     async fn list_containers(&self, request: Request<ListContainersRequest>) -> Answer<ListContainersResponse> {
-        let filter = request.get_ref().filter.as_ref();
-        let containers = self.pods.containers();
-        let matching = containers.iter().filter(|container| convert::container_matches(filter, container));
-        answer(ListContainersResponse { containers: matching.map(convert::container).collect() })
+        answer(ListContainersResponse { containers: self.listed_containers(request.get_ref().filter.as_ref()) })
     }
 
     async fn container_status(&self, request: Request<ContainerStatusRequest>) -> Answer<ContainerStatusResponse> {
@@ -180,9 +224,12 @@ impl RuntimeService for Node {
 
     async fn update_container_resources(
         &self,
-        _: Request<UpdateContainerResourcesRequest>,
+        request: Request<UpdateContainerResourcesRequest>,
     ) -> Answer<UpdateContainerResourcesResponse> {
-        unimplemented("UpdateContainerResources")
+        let UpdateContainerResourcesRequest { container_id, linux, windows: _, annotations: _ } = request.into_inner();
+        let resources = convert::resources(convert::required(linux, "linux")?)?;
+        self.pods.update_container(&container_id, resources).await?;
+        answer(UpdateContainerResourcesResponse {})
     }
 
     async fn update_pod_sandbox_resources(
@@ -192,23 +239,40 @@ impl RuntimeService for Node {
         unimplemented("UpdatePodSandboxResources")
     }
 
+    /// The one setting there is, the node's pod CIDR, is the CNI configuration's business here.
     async fn update_runtime_config(
         &self,
         _: Request<UpdateRuntimeConfigRequest>,
     ) -> Answer<UpdateRuntimeConfigResponse> {
-        unimplemented("UpdateRuntimeConfig")
+        answer(UpdateRuntimeConfigResponse {})
     }
 
-    async fn exec(&self, _: Request<ExecRequest>) -> Answer<ExecResponse> {
-        unimplemented("Exec")
+    async fn exec(&self, request: Request<ExecRequest>) -> Answer<ExecResponse> {
+        let ExecRequest { container_id, cmd, tty, stdin, stdout, stderr } = request.into_inner();
+        if cmd.is_empty() {
+            return Err(Status::invalid_argument("the command is empty"));
+        }
+        let wanted = wanted(Wanted { stdin, stdout, stderr, terminal: tty })?;
+        let container = running(self, &container_id)?;
+        let url = self.streaming.url(streaming::Request::Exec { container, args: cmd, wanted })?;
+        answer(ExecResponse { url })
     }
 
-    async fn attach(&self, _: Request<AttachRequest>) -> Answer<AttachResponse> {
-        unimplemented("Attach")
+    async fn attach(&self, request: Request<AttachRequest>) -> Answer<AttachResponse> {
+        let AttachRequest { container_id, stdin, tty, stdout, stderr } = request.into_inner();
+        let wanted = wanted(Wanted { stdin, stdout, stderr, terminal: tty })?;
+        let container = running(self, &container_id)?;
+        answer(AttachResponse { url: self.streaming.url(streaming::Request::Attach { container, wanted })? })
     }
 
-    async fn port_forward(&self, _: Request<PortForwardRequest>) -> Answer<PortForwardResponse> {
-        unimplemented("PortForward")
+    /// The ports are named by the streams that the client opens; those of the request are for runtimes of old.
+    async fn port_forward(&self, request: Request<PortForwardRequest>) -> Answer<PortForwardResponse> {
+        let pod = self.pods.pod(&request.get_ref().pod_sandbox_id)?;
+        if pod.state != PodState::Ready {
+            return Err(Error::FailedPrecondition(format!("pod {} is not ready: {}", pod.id, pod.message)).into());
+        }
+        let url = self.streaming.url(streaming::Request::PortForward { pod: pod.id.clone() })?;
+        answer(PortForwardResponse { url })
     }
 
     async fn checkpoint_container(
@@ -218,23 +282,30 @@ impl RuntimeService for Node {
         unimplemented("CheckpointContainer")
     }
 
-    async fn container_stats(&self, _: Request<ContainerStatsRequest>) -> Answer<ContainerStatsResponse> {
-        unimplemented("ContainerStats")
+    async fn container_stats(&self, request: Request<ContainerStatsRequest>) -> Answer<ContainerStatsResponse> {
+        let stats = stats::container(self, &request.get_ref().container_id).await?;
+        answer(ContainerStatsResponse { stats: Some(stats) })
     }
 
-    async fn list_container_stats(&self, _: Request<ListContainerStatsRequest>) -> Answer<ListContainerStatsResponse> {
-        unimplemented("ListContainerStats")
+    async fn list_container_stats(
+        &self,
+        request: Request<ListContainerStatsRequest>,
+    ) -> Answer<ListContainerStatsResponse> {
+        let stats = stats::containers(self, request.get_ref().filter.as_ref()).await;
+        answer(ListContainerStatsResponse { stats })
     }
 
-    async fn pod_sandbox_stats(&self, _: Request<PodSandboxStatsRequest>) -> Answer<PodSandboxStatsResponse> {
-        unimplemented("PodSandboxStats")
+    async fn pod_sandbox_stats(&self, request: Request<PodSandboxStatsRequest>) -> Answer<PodSandboxStatsResponse> {
+        let stats = stats::pod(self, &request.get_ref().pod_sandbox_id).await?;
+        answer(PodSandboxStatsResponse { stats: Some(stats) })
     }
 
     async fn list_pod_sandbox_stats(
         &self,
-        _: Request<ListPodSandboxStatsRequest>,
+        request: Request<ListPodSandboxStatsRequest>,
     ) -> Answer<ListPodSandboxStatsResponse> {
-        unimplemented("ListPodSandboxStats")
+        let stats = stats::pods(self, request.get_ref().filter.as_ref()).await;
+        answer(ListPodSandboxStatsResponse { stats })
     }
 
     async fn list_metric_descriptors(
@@ -251,37 +322,44 @@ impl RuntimeService for Node {
         unimplemented("ListPodSandboxMetrics")
     }
 
-    type StreamPodSandboxesStream = Nothing<StreamPodSandboxesResponse>;
+    type StreamPodSandboxesStream = Parts<StreamPodSandboxesResponse>;
 
     async fn stream_pod_sandboxes(
         &self,
-        _: Request<StreamPodSandboxesRequest>,
+        request: Request<StreamPodSandboxesRequest>,
     ) -> Answer<Self::StreamPodSandboxesStream> {
-        unimplemented("StreamPodSandboxes")
+        let pods = self.listed_pods(request.get_ref().filter.as_ref());
+        parts(&pods, |pod_sandboxes| StreamPodSandboxesResponse { pod_sandboxes })
     }
 
-    type StreamContainersStream = Nothing<StreamContainersResponse>;
+    type StreamContainersStream = Parts<StreamContainersResponse>;
 
-    async fn stream_containers(&self, _: Request<StreamContainersRequest>) -> Answer<Self::StreamContainersStream> {
-        unimplemented("StreamContainers")
+    async fn stream_containers(
+        &self,
+        request: Request<StreamContainersRequest>,
+    ) -> Answer<Self::StreamContainersStream> {
+        let containers = self.listed_containers(request.get_ref().filter.as_ref());
+        parts(&containers, |containers| StreamContainersResponse { containers })
     }
 
-    type StreamContainerStatsStream = Nothing<StreamContainerStatsResponse>;
+    type StreamContainerStatsStream = Parts<StreamContainerStatsResponse>;
 
     async fn stream_container_stats(
         &self,
-        _: Request<StreamContainerStatsRequest>,
+        request: Request<StreamContainerStatsRequest>,
     ) -> Answer<Self::StreamContainerStatsStream> {
-        unimplemented("StreamContainerStats")
+        let stats = stats::containers(self, request.get_ref().filter.as_ref()).await;
+        parts(&stats, |container_stats| StreamContainerStatsResponse { container_stats })
     }
 
-    type StreamPodSandboxStatsStream = Nothing<StreamPodSandboxStatsResponse>;
+    type StreamPodSandboxStatsStream = Parts<StreamPodSandboxStatsResponse>;
 
     async fn stream_pod_sandbox_stats(
         &self,
-        _: Request<StreamPodSandboxStatsRequest>,
+        request: Request<StreamPodSandboxStatsRequest>,
     ) -> Answer<Self::StreamPodSandboxStatsStream> {
-        unimplemented("StreamPodSandboxStats")
+        let stats = stats::pods(self, request.get_ref().filter.as_ref()).await;
+        parts(&stats, |pod_sandbox_stats| StreamPodSandboxStatsResponse { pod_sandbox_stats })
     }
 
     type StreamPodSandboxMetricsStream = Nothing<StreamPodSandboxMetricsResponse>;
@@ -293,9 +371,13 @@ impl RuntimeService for Node {
         unimplemented("StreamPodSandboxMetrics")
     }
 
-    type GetContainerEventsStream = Nothing<ContainerEventResponse>;
+    type GetContainerEventsStream = Pin<Box<dyn Stream<Item = Result<ContainerEventResponse, Status>> + Send>>;
 
     async fn get_container_events(&self, _: Request<GetEventsRequest>) -> Answer<Self::GetContainerEventsStream> {
-        unimplemented("GetContainerEvents")
+        let events = BroadcastStream::new(self.pods.events()).map(|event| {
+            let behind = |_| Status::data_loss("events came faster than they were read: list pods and containers anew");
+            Ok(convert::event(&event.map_err(behind)?))
+        });
+        answer(Box::pin(events))
     }
 }

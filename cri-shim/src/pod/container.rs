@@ -13,13 +13,14 @@ use vmm_control::{Command, Extent};
 use super::context::{blocking, chain};
 use super::message;
 use super::owner::Owner;
-use crate::agent::Call;
+use super::status::ContainerUser;
+use crate::agent::{Answer, Call};
 use crate::clock;
 use crate::control;
 use crate::error::{Error, IoContext, Result};
 use crate::image;
 use crate::record::{ContainerRecord, DiskRecord, Life, LogRecord};
-use crate::spec::{ContainerSpec, MountSource, Rootfs};
+use crate::spec::{ContainerSpec, MountSource, Resources, Rootfs};
 
 /// Longest time for the agent to make a container: mounts and copies.
 const CREATE_LIMIT: Duration = Duration::from_secs(60);
@@ -50,18 +51,23 @@ impl Owner {
         let Rootfs::Image(image_id) = spec.rootfs.clone();
         let life = Life::Creating;
         let created_at_ns = clock::realtime_ns();
-        let container = ContainerRecord { spec: Arc::new(spec), created_at_ns, image_id, log, life };
+        let container = ContainerRecord { spec: Arc::new(spec), created_at_ns, image_id, log, user: None, life };
         self.record.containers.insert(id.clone(), container.clone());
         let made = self.make_container(&id, &container).await;
         match &made {
-            Ok(()) => self.set_life(&id, Life::Created),
+            Ok(user) => {
+                self.set_life(&id, Life::Created);
+                if let Some(container) = self.record.containers.get_mut(&id) {
+                    container.user.clone_from(user);
+                }
+            }
             Err(_) => self.unmake_container(&id).await,
         }
         self.save()?;
-        made
+        made.map(drop)
     }
 
-    async fn make_container(&mut self, id: &str, container: &ContainerRecord) -> Result<()> {
+    async fn make_container(&mut self, id: &str, container: &ContainerRecord) -> Result<Option<ContainerUser>> {
         self.save()?;
         for image in images_of(&container.spec) {
             self.map_image(image).await?;
@@ -71,7 +77,11 @@ impl Owner {
         }
         let (record, container, name) = (self.record.clone(), container.clone(), id.to_owned());
         let create = blocking(move || message::create_container(&record, &name, &container)).await?;
-        self.agent()?.tell(Call::CreateContainer(create), CREATE_LIMIT).await
+        match self.agent()?.ask(Call::CreateContainer(create), CREATE_LIMIT).await? {
+            Answer::Created(v1::Created { uid, gid, groups }) => Ok(Some(ContainerUser { uid, gid, groups })),
+            // An agent of an older release does not say.
+            _ => Ok(None),
+        }
     }
 
     /// Takes back what [`Owner::make_container`] may have made; an image stays mapped for the next container.
@@ -207,6 +217,23 @@ impl Owner {
             Ok(()) | Err(Error::Internal(_)) => Ok(()),
             Err(error) => Err(error),
         }
+    }
+
+    /// Changes limits, of the guest's cgroup and so of what the status tells.
+    pub(super) async fn update_container(&mut self, id: &str, resources: &Resources) -> Result<()> {
+        let container = self.container(id)?;
+        if matches!(container.life, Life::Exited { .. }) {
+            return Err(Error::FailedPrecondition(format!("container {id} has exited")));
+        }
+        let mut spec = ContainerSpec::clone(&container.spec);
+        let changed = Some(message::resources(resources));
+        let call = Call::UpdateContainer(v1::UpdateContainer { id: id.into(), resources: changed });
+        self.agent()?.tell(call, CALL_LIMIT).await?;
+        spec.resources.update(resources);
+        if let Some(container) = self.record.containers.get_mut(id) {
+            container.spec = Arc::new(spec);
+        }
+        self.save()
     }
 
     /// Goes on with a log in a new file.

@@ -8,6 +8,7 @@ use std::thread::available_parallelism;
 use tokio::sync::Semaphore;
 
 use super::CoreConfig;
+use super::events::Events;
 use super::size::Host;
 use crate::cgroup;
 use crate::error::{Error, IoContext, Result};
@@ -32,6 +33,8 @@ pub(super) struct Context {
     pub(super) network: Network,
     pub(super) template: PathBuf,
     pub(super) host: Host,
+    /// Told of all that happens.
+    pub(super) events: Events,
     /// Taken by each pod that boots.
     pub(super) boots: Semaphore,
     _lock: File,
@@ -49,7 +52,8 @@ impl Context {
         let template = scratch::template(&config.scratch_dir, config.scratch_bytes)?;
         let host = host()?;
         let boots = Semaphore::new(host.cpus.saturating_mul(BOOTS_PER_CPU).max(LEAST_BOOTS));
-        Ok(Self { host, boots, config, spawner, images, network, template, _lock: lock })
+        let events = Events::new();
+        Ok(Self { host, events, boots, config, spawner, images, network, template, _lock: lock })
     }
 }
 

@@ -39,6 +39,11 @@ pub(super) async fn attach(dir: &PodDir, container: &ContainerStatus, stdin: boo
     Session::open(dir, v1::open::Kind::Attach(attach)).await
 }
 
+/// Connects to a port of the guest's loopback; the session carries what is sent and received there.
+pub(super) async fn forward(dir: &PodDir, port: u16) -> Result<Session> {
+    Session::open(dir, v1::open::Kind::PortForward(v1::PortForward { port: port.into() })).await
+}
+
 fn must_run(container: &ContainerStatus) -> Result<()> {
     if container.state == ContainerState::Running {
         return Ok(());

@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::network::{Attachment, INTERFACE};
 use crate::pod::files;
 use crate::record::{ContainerRecord, DiskRecord, Record};
-use crate::spec::{ContainerSpec, Dns, MountSource, PidNamespace, PodSpec, ProcessSpec, Resources, Rootfs};
+use crate::spec::{ContainerSpec, Dns, MountSource, PidNamespace, ProcessSpec, Resources, Rootfs};
 
 /// The guest's NIC, of which there is one.
 const NIC: u32 = 0;
@@ -15,7 +15,7 @@ const NIC: u32 = 0;
 pub(super) fn configure(record: &Record, attachment: &Attachment, realtime_ns: u64, seed: Vec<u8>) -> v1::Configure {
     let spec = &record.spec;
     v1::Configure {
-        hostname: hostname(spec).into(),
+        hostname: spec.hostname().into(),
         realtime_ns,
         seed,
         sysctls: spec.sysctls.clone().into_iter().collect(),
@@ -26,11 +26,6 @@ pub(super) fn configure(record: &Record, attachment: &Attachment, realtime_ns: u
         shm_bytes: 0,
         share_pid_namespace: spec.share_pid_namespace,
     }
-}
-
-/// The name the guest goes by.
-pub(super) fn hostname(spec: &PodSpec) -> &str {
-    if spec.hostname.is_empty() { &spec.identity.name } else { &spec.hostname }
 }
 
 fn interface(attachment: &Attachment) -> Option<v1::Interface> {
@@ -145,7 +140,8 @@ fn device(device: &crate::spec::DeviceSpec) -> v1::Device {
     }
 }
 
-fn resources(resources: &Resources) -> v1::Resources {
+/// What is not limited is left as it is.
+pub(super) fn resources(resources: &Resources) -> v1::Resources {
     v1::Resources {
         memory_limit: resources.memory_limit.unwrap_or(0),
         memory_swap_limit: resources.memory_swap_limit.unwrap_or(0),
@@ -194,7 +190,7 @@ fn mounts(record: &Record, spec: &ContainerSpec) -> Result<Vec<v1::Mount>> {
 
 /// Files that every container of a pod is given unless it mounts its own.
 fn standard_files(record: &Record) -> [(&'static str, String); 3] {
-    let name = hostname(&record.spec);
+    let name = record.spec.hostname();
     let mut hosts = String::from("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
     for address in record.attachment.iter().flat_map(|attachment| &attachment.ips) {
         hosts.push_str(&format!("{address}\t{name}\n"));
@@ -233,7 +229,7 @@ mod tests {
 
     use super::*;
     use crate::record::tests::record;
-    use crate::spec::MountSpec;
+    use crate::spec::{MountSpec, PodSpec};
 
     fn spec(mounts: &[(&str, MountSource)]) -> ContainerSpec {
         let mounts = mounts.iter().map(|(destination, source)| MountSpec {

@@ -6,12 +6,14 @@
 mod config;
 mod container;
 mod context;
+mod events;
 mod exec;
 mod files;
 mod message;
 mod owner;
 mod size;
 mod start;
+mod stats;
 mod status;
 mod sweep;
 mod table;
@@ -20,11 +22,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{broadcast, watch};
 use vmm_control::{Command, Reply};
 
 pub use config::{CoreConfig, PodDir};
-pub use status::{ContainerState, ContainerStatus, ExecOutput, Moment, PodState, PodStatus};
+pub use events::{Event, EventKind};
+pub use stats::{PodUsage, Pressure, Stall, Traffic, Usage};
+pub use status::{ContainerState, ContainerStatus, ContainerUser, ExecOutput, Moment, PodState, PodStatus};
 
 use context::{Context, blocking};
 
@@ -33,7 +37,7 @@ use crate::error::{Error, Result};
 use crate::image::Store;
 use crate::network::Network;
 use crate::spawner::Spawner;
-use crate::spec::{ContainerSpec, PodSpec};
+use crate::spec::{ContainerSpec, PodSpec, Resources};
 use table::{Pod, Table};
 
 /// How long a container may take to be gone after SIGKILL.
@@ -73,11 +77,16 @@ impl Pods {
         let id = new_id()?;
         self.table.reserve(&id, &spec.identity)?;
         let (context, table, name) = (Arc::clone(&self.context), self.table.clone(), id.clone());
+        let shared = Arc::clone(&self.context);
         let started = tokio::spawn(async move {
             let started = start::start(context, name.clone(), spec).await;
             match started {
                 Ok(owner) => {
+                    let status = owner.watch().borrow().clone();
                     table.adopt(owner);
+                    for kind in [EventKind::Created, EventKind::Started] {
+                        shared.events.tell_one(name.clone(), kind, &status);
+                    }
                     Ok(())
                 }
                 Err(error) => {
@@ -183,6 +192,11 @@ impl Pods {
         self.container(&container.id)
     }
 
+    /// What happens from now on.
+    pub fn events(&self) -> broadcast::Receiver<Event> {
+        self.context.events.listen()
+    }
+
     /// Runs a command in a container to its end; `timeout` kills it (`DeadlineExceeded`), `None` waits for ever.
     pub async fn exec_sync(&self, id: &str, args: Vec<String>, timeout: Option<Duration>) -> Result<ExecOutput> {
         let (pod, container) = self.table.container(id)?;
@@ -201,10 +215,26 @@ impl Pods {
         exec::attach(&self.context.config.pod_dir(pod.id()), &container, stdin).await
     }
 
+    /// Connects to a port of a pod's loopback.
+    pub async fn port_forward(&self, pod: &str, port: u16) -> Result<Session> {
+        exec::forward(&self.context.config.pod_dir(self.table.pod(pod)?.id()), port).await
+    }
+
+    /// Changes those limits of a container that `resources` names; the others stay.
+    pub async fn update_container(&self, id: &str, resources: Resources) -> Result<()> {
+        let (pod, container) = self.table.container(id)?;
+        pod.run(move |owner| Box::pin(async move { owner.update_container(&container.id, &resources).await })).await
+    }
+
     /// Goes on with a container's log in a new file of the same name, the old one having been moved away.
     pub async fn reopen_log(&self, id: &str) -> Result<()> {
         let (pod, container) = self.table.container(id)?;
         pod.run(move |owner| Box::pin(async move { owner.reopen_log(&container.id).await })).await
+    }
+
+    /// What a pod and its containers use now.
+    pub async fn usage(&self, id: &str) -> Result<PodUsage> {
+        self.table.pod(id)?.run(|owner| Box::pin(owner.usage())).await
     }
 
     /// The moments of a pod's start, in order of time.

@@ -17,6 +17,8 @@ use agent_protocol::v1;
 use tokio::sync::{mpsc, watch};
 
 use super::context::{Context, blocking};
+use super::events::EventKind;
+use super::stats::CpuTimes;
 use super::{ContainerState, ContainerStatus, Moment, PodDir, PodState, PodStatus};
 use crate::agent::{Agent, Call, Notice};
 use crate::clock;
@@ -61,6 +63,8 @@ pub(super) struct Owner {
     machine: Option<Machine>,
     /// Why the agent does not answer; empty if it does.
     silence: String,
+    /// Since the last look at what it uses.
+    pub(super) cpu_times: CpuTimes,
     status: watch::Sender<Arc<PodStatus>>,
     removed: bool,
 }
@@ -75,7 +79,16 @@ impl Owner {
     pub(super) fn new(context: Arc<Context>, record: Record, machine: Option<Machine>) -> Self {
         let dir = context.config.pod_dir(&record.id);
         let status = watch::Sender::new(Arc::new(status(&record, "")));
-        Self { context, dir, record, machine, silence: String::new(), status, removed: false }
+        Self {
+            context,
+            dir,
+            record,
+            machine,
+            silence: String::new(),
+            cpu_times: CpuTimes::new(),
+            status,
+            removed: false,
+        }
     }
 
     /// What others see, from now on.
@@ -120,7 +133,9 @@ impl Owner {
     }
 
     fn publish(&self) {
-        self.status.send_replace(Arc::new(status(&self.record, &self.silence)));
+        let now = Arc::new(status(&self.record, &self.silence));
+        let before = self.status.send_replace(Arc::clone(&now));
+        self.context.events.tell(&before, &now);
     }
 
     /// The agent, if the pod is ready for new work.
@@ -271,6 +286,7 @@ impl Owner {
         self.save()?;
         self.context.forget(&self.record).await?;
         self.removed = true;
+        self.context.events.tell_one(self.record.id.clone(), EventKind::Deleted, &self.status.borrow());
         Ok(())
     }
 
@@ -310,7 +326,7 @@ pub(super) fn vm_lost(record: &mut Record, message: String) {
     record.phase = Phase::Ended { message };
 }
 
-fn status(record: &Record, silence: &str) -> PodStatus {
+pub(super) fn status(record: &Record, silence: &str) -> PodStatus {
     let (state, message) = match &record.phase {
         Phase::Running if silence.is_empty() => (PodState::Ready, ""),
         Phase::Running => (PodState::NotReady, silence),
@@ -350,6 +366,7 @@ fn container_status(record: &Record, id: &str, container: &ContainerRecord) -> C
         message: String::new(),
         image_id: container.image_id.clone(),
         log_path: container.log.as_ref().map(|log| log.path.clone()).unwrap_or_default(),
+        user: container.user.clone(),
     };
     match &container.life {
         Life::Creating | Life::Created => {}

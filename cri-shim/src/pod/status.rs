@@ -89,6 +89,19 @@ pub struct ContainerStatus {
     pub image_id: String,
     /// Its log file; empty if it has none.
     pub log_path: PathBuf,
+    /// Who its first process runs as, if that is known.
+    pub user: Option<ContainerUser>,
+}
+
+/// Who a process runs as, by number.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerUser {
+    /// User.
+    pub uid: u32,
+    /// Primary group.
+    pub gid: u32,
+    /// Supplementary groups.
+    pub groups: Vec<u32>,
 }
 
 /// What a command in a container said, and how it ended.

@@ -100,6 +100,7 @@ impl Agent {
             Token::SessionListener => self.accept_session(),
             Token::Control(number) => self.control_event(number),
             Token::Session(number) => self.session_event(number, events),
+            Token::Forward(number) => self.forward_event(number, events),
             Token::Task(number, Part::Status) => self.hear(number),
             Token::Task(number, _) => self.settle(number),
         }
@@ -177,9 +178,9 @@ impl Agent {
     fn container_news(&mut self, id: &str, news: News) {
         let Some(container) = self.containers.get_mut(id) else { return };
         match news {
-            News::Ready => {
+            News::Ready(user) => {
                 let asker = container.creating.take();
-                self.answer(asker, Ok(reply::Result::Done(v1::Done {})));
+                self.answer(asker, Ok(reply::Result::Created(user)));
             }
             News::Running => {
                 container.started_at_ns = time::now_ns();

@@ -34,6 +34,20 @@ const EXEC_PREFIX: &str = "exec-";
 /// Longest `cgroup.events`.
 const EVENTS_BYTES: usize = 256;
 
+/// What the host is told of a cgroup.
+const FIGURES: [&str; 10] = [
+    "cpu.pressure",
+    "cpu.stat",
+    "io.pressure",
+    "memory.current",
+    "memory.max",
+    "memory.pressure",
+    "memory.stat",
+    "memory.swap.current",
+    "memory.swap.max",
+    "pids.current",
+];
+
 /// Why a cgroup could not be made or set.
 #[derive(Debug, Error)]
 pub(crate) enum CgroupError {
@@ -89,6 +103,16 @@ pub(crate) fn kill_pod() -> io::Result<()> {
     fs::write(Path::new(ROOT).join("pod/cgroup.kill"), "1")
 }
 
+/// What the kernel counts of all containers together.
+pub(crate) fn pod_figures() -> v1::CgroupFiles {
+    figures(&Path::new(ROOT).join("pod"))
+}
+
+fn figures(path: &Path) -> v1::CgroupFiles {
+    let read = |name: &&str| Some(((*name).to_owned(), fs::read_to_string(path.join(name)).ok()?));
+    v1::CgroupFiles { files: FIGURES.iter().filter_map(read).collect() }
+}
+
 /// A container's cgroup, or an exec's below it.
 #[derive(Debug)]
 pub(crate) struct Cgroup {
@@ -142,6 +166,11 @@ impl Cgroup {
         } else {
             signal_tree(&self.path, signal);
         }
+    }
+
+    /// What the kernel counts of it.
+    pub(crate) fn figures(&self) -> v1::CgroupFiles {
+        figures(&self.path)
     }
 
     /// Whether the kernel killed something in it for want of memory.

@@ -16,6 +16,7 @@ mod devices;
 mod disk;
 mod fault;
 mod files;
+mod forward;
 mod kmsg;
 mod log;
 mod mounts;

@@ -41,11 +41,16 @@ pub(crate) enum Token {
     Control(u32),
     /// A session connection.
     Session(u32),
+    /// The TCP connection of a session that forwards a port.
+    Forward(u32),
     /// A process that the agent started.
     Task(u32, Part),
 }
 
 const PARTS: [Part; 6] = [Part::Status, Part::Stdin, Part::Stdout, Part::Stderr, Part::Log, Part::Cgroup];
+
+/// Kinds of entries from here on are parts of a task.
+const FIRST_PART: u64 = 6;
 
 impl Token {
     fn pack(self) -> u64 {
@@ -55,9 +60,10 @@ impl Token {
             Self::SessionListener => (2, 0),
             Self::Control(number) => (3, number),
             Self::Session(number) => (4, number),
+            Self::Forward(number) => (5, number),
             Self::Task(number, part) => {
                 let part = PARTS.iter().position(|&each| each == part).unwrap_or_default();
-                (u64::try_from(part).unwrap_or_default().saturating_add(5), number)
+                (u64::try_from(part).unwrap_or_default().saturating_add(FIRST_PART), number)
             }
         };
         (kind << 32) | u64::from(number)
@@ -71,7 +77,8 @@ impl Token {
             2 => Self::SessionListener,
             3 => Self::Control(number),
             4 => Self::Session(number),
-            kind => Self::Task(number, *PARTS.get(usize::try_from(kind).ok()?.checked_sub(5)?)?),
+            5 => Self::Forward(number),
+            kind => Self::Task(number, *PARTS.get(usize::try_from(kind.checked_sub(FIRST_PART)?).ok()?)?),
         })
     }
 }
@@ -145,7 +152,7 @@ mod tests {
     fn every_token_survives_its_word() {
         let mut tokens = vec![Token::Signals, Token::ControlListener, Token::SessionListener];
         for number in [0, 1, u32::MAX] {
-            tokens.extend([Token::Control(number), Token::Session(number)]);
+            tokens.extend([Token::Control(number), Token::Session(number), Token::Forward(number)]);
             tokens.extend(PARTS.map(|part| Token::Task(number, part)));
         }
         for token in tokens {

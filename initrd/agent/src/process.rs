@@ -13,12 +13,14 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+use agent_protocol::v1;
 use nix::fcntl::{OFlag, open};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
 use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Pid, Uid, chdir, fchown, setsid};
+use prost::Message;
 use thiserror::Error;
 
 use crate::plan::ProcessPlan;
@@ -38,6 +40,9 @@ const PLACES: RawFd = 8;
 /// Longest report in bytes.
 const REPORT_BYTES: usize = 4096;
 
+/// Most supplementary groups that a report tells of, so that it stays whole.
+const REPORTED_GROUPS: usize = 512;
+
 /// Open files at first, unless the plan says otherwise: few, because some programs walk through all that may be open.
 /// A process may raise it as far as the agent's own limit.
 const OPEN_FILES: u64 = 1024;
@@ -47,8 +52,13 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 /// What the child says before it is the program.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Report {
-    /// All is set up. With a terminal: the number of its master's descriptor in the child.
-    Ready(Option<RawFd>),
+    /// All is set up.
+    Ready {
+        /// The number of its terminal's master in the child, if it has one.
+        terminal: Option<RawFd>,
+        /// Who the program will run as.
+        user: v1::Created,
+    },
     /// It has given up.
     Failed {
         /// The fault is in what was asked for.
@@ -60,7 +70,9 @@ pub(crate) enum Report {
 impl Report {
     fn encode(&self) -> Vec<u8> {
         let mut bytes = match self {
-            Self::Ready(terminal) => [&[0], terminal.unwrap_or(-1).to_ne_bytes().as_slice()].concat(),
+            Self::Ready { terminal, user } => {
+                [&[0], terminal.unwrap_or(-1).to_ne_bytes().as_slice(), &user.encode_to_vec()].concat()
+            }
             Self::Failed { cannot_exec, text } => [&[1 + u8::from(*cannot_exec)], text.as_bytes()].concat(),
         };
         bytes.truncate(REPORT_BYTES);
@@ -71,8 +83,10 @@ impl Report {
         let (&kind, rest) = bytes.split_first()?;
         match kind {
             0 => {
-                let number = RawFd::from_ne_bytes(*rest.first_chunk()?);
-                Some(Self::Ready((number >= 0).then_some(number)))
+                let (number, user) = rest.split_first_chunk()?;
+                let number = RawFd::from_ne_bytes(*number);
+                let user = v1::Created::decode(user).ok()?;
+                Some(Self::Ready { terminal: (number >= 0).then_some(number), user })
             }
             1 | 2 => {
                 let text = String::from_utf8_lossy(rest).into_owned();
@@ -204,8 +218,10 @@ impl Job<'_> {
         let program = self.find(&environment)?;
         let terminal = if self.plan.terminal { Some(self.open_terminal()?) } else { None };
         let master = terminal.as_ref().map(|(master, _)| master.as_raw_fd());
-        send(status.as_raw_fd(), &Report::Ready(master).encode(), MsgFlags::MSG_NOSIGNAL)
-            .map_err(step("report to the agent"))?;
+        let groups = identity.groups.iter().copied().take(REPORTED_GROUPS).collect();
+        let user = v1::Created { uid: identity.uid, gid: identity.gid, groups };
+        let ready = Report::Ready { terminal: master, user };
+        send(status.as_raw_fd(), &ready.encode(), MsgFlags::MSG_NOSIGNAL).map_err(step("report to the agent"))?;
         wait_for_go(status)?;
         if let Some((_, terminal)) = &terminal {
             take_terminal(terminal).map_err(step("take the terminal"))?;
@@ -453,8 +469,8 @@ mod tests {
     #[test]
     fn reports_survive_the_channel() {
         for report in [
-            Report::Ready(None),
-            Report::Ready(Some(7)),
+            Report::Ready { terminal: None, user: v1::Created::default() },
+            Report::Ready { terminal: Some(7), user: v1::Created { uid: 1, gid: 2, groups: vec![3, 70_000] } },
             Report::Failed { cannot_exec: true, text: "exec: x".into() },
             Report::Failed { cannot_exec: false, text: String::new() },
         ] {

@@ -114,6 +114,7 @@ impl Agent {
             request::Call::PowerOff(_) => self.power_off(asker),
             request::Call::ReopenLog(call) => self.reopen_log(asker, &call.id),
             request::Call::UpdateContainer(call) => self.update(&call),
+            request::Call::GetStats(_) => Ok(Some(reply::Result::Stats(self.stats()))),
         }
     }
 
@@ -305,6 +306,16 @@ impl Agent {
                 .state(id, self.tasks.get(&container.task).filter(|task| task.exit().is_none()).map(|task| task.pid))
         });
         v1::PodState { configured: self.configured, containers: containers.collect() }
+    }
+
+    fn stats(&self) -> v1::PodStats {
+        let running = |container: &Container| self.tasks.get(&container.task).is_some_and(Task::is_running);
+        let containers = self.containers.iter().filter(|(_, container)| running(container));
+        v1::PodStats {
+            pod: Some(cgroup::pod_figures()),
+            containers: containers.map(|(id, container)| (id.clone(), container.cgroup.figures())).collect(),
+            network: std::fs::read_to_string("/proc/net/dev").unwrap_or_default(),
+        }
     }
 
     /// The pod's disk is thrown away with it, so nothing is written out first.

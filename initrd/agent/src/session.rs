@@ -1,4 +1,4 @@
-//! Session connections: one exec or attach each.
+//! Session connections: one exec, attach or forwarded port each.
 //!
 //! An exec's processes have a cgroup of their own, so that all of them can be killed when the connection closes early.
 
@@ -12,6 +12,7 @@ use nix::sys::epoll::EpollFlags;
 use crate::agent::Agent;
 use crate::connection::Connection;
 use crate::fault::Fault;
+use crate::forward::{Forward, Phase};
 use crate::kmsg;
 use crate::poll::{Poll, Token};
 use crate::process::{Job, PidSpace, Surroundings};
@@ -19,6 +20,15 @@ use crate::server::hello;
 use crate::stdio::Stdio;
 use crate::sys;
 use crate::task::{News, Owner, Task};
+
+/// Pieces of a forwarded port's output moved before others have their turn.
+const ROUNDS: usize = 16;
+
+/// How a forwarded connection ends that broke.
+const BROKEN: v1::Exit = v1::Exit { code: 1, signal: 0, oom_killed: false };
+
+/// How a forwarded connection ends whose server has.
+const ENDED: v1::Exit = v1::Exit { code: 0, signal: 0, oom_killed: false };
 
 /// What a session is for.
 #[derive(Debug)]
@@ -31,6 +41,8 @@ enum Purpose {
     Exec { task: u32 },
     /// A container's first process.
     Attach { task: u32, container: String, stdin: bool },
+    /// A connection to a port of the loopback.
+    Forward(Forward),
     /// Everything has been said.
     Over,
 }
@@ -77,15 +89,16 @@ impl Agent {
         }
         self.flush_session(number);
         // Room in the connection is room for output.
-        if let Some(task) = task {
-            self.settle(task);
+        match task {
+            Some(task) => self.settle(task),
+            None => self.forward_event(number, EpollFlags::empty()),
         }
     }
 
     /// Handles every message that has come whole, as long as its process takes input.
     fn session_messages(&mut self, number: u32) -> Result<(), FrameError> {
         while let Some(session) = self.sessions.get_mut(&number) {
-            match session.purpose {
+            match &mut session.purpose {
                 Purpose::Greeting => {
                     let Some(theirs) = session.connection.next::<v1::Hello>()? else { break };
                     session.connection.send(&hello())?;
@@ -102,6 +115,7 @@ impl Agent {
                     }
                 }
                 Purpose::Exec { task } | Purpose::Attach { task, .. } => {
+                    let task = *task;
                     let room = self.tasks.get(&task).is_none_or(|task| task.stdio.has_input_room());
                     session.connection.pause(!room);
                     if !room {
@@ -109,6 +123,20 @@ impl Agent {
                     }
                     let Some(message) = session.connection.next::<v1::ToSession>()? else { break };
                     self.session_message(number, task, message);
+                }
+                Purpose::Forward(forward) => {
+                    let room = forward.has_input_room();
+                    session.connection.pause(!room);
+                    if !room {
+                        break;
+                    }
+                    match session.connection.next::<v1::ToSession>()?.map(|message| message.message) {
+                        Some(Some(to_session::Message::Stdin(bytes))) => forward.push_input(&bytes),
+                        Some(Some(to_session::Message::CloseStdin(_))) => forward.close_input(),
+                        Some(_) => {}
+                        None => break,
+                    }
+                    forward.write_input();
                 }
                 Purpose::Over => break,
             }
@@ -150,6 +178,7 @@ impl Agent {
         match open.kind {
             Some(open::Kind::Exec(exec)) => self.open_exec(number, &exec),
             Some(open::Kind::Attach(attach)) => self.open_attach(number, attach),
+            Some(open::Kind::PortForward(forward)) => self.open_forward(number, forward.port),
             None => Err(Fault::new(v1::error::Kind::Invalid, "this version of the agent does not know the session")),
         }
     }
@@ -210,10 +239,81 @@ impl Agent {
         Ok(())
     }
 
+    fn open_forward(&mut self, number: u32, port: u32) -> Result<(), Fault> {
+        let valid = u16::try_from(port).ok().filter(|&port| port > 0);
+        let invalid = || Fault::new(v1::error::Kind::Invalid, format!("{port} is not a port"));
+        let forward = Forward::dial(number, valid.ok_or_else(invalid)?).map_err(|error| no_server(&error))?;
+        if let Some(session) = self.sessions.get_mut(&number) {
+            session.purpose = Purpose::Forward(forward);
+        }
+        self.forward_event(number, EpollFlags::empty());
+        Ok(())
+    }
+
+    /// Brings a forwarded connection as far as it goes now.
+    pub(crate) fn forward_event(&mut self, number: u32, events: EpollFlags) {
+        let Some(session) = self.sessions.get_mut(&number) else { return };
+        let Purpose::Forward(forward) = &mut session.purpose else { return };
+        if forward.phase == Phase::Dialling
+            && !events.is_empty()
+            && let Err(error) = forward.answered()
+        {
+            return self.refuse_session(number, no_server(&error));
+        }
+        if forward.phase == Phase::Answered {
+            forward.phase = Phase::Open;
+            if session.connection.send(&v1::Opened { error: None }).is_err() {
+                return self.close_session(number);
+            }
+        }
+        forward.write_input();
+        if let Some(exit) = self.forward_output(number) {
+            return self.session_over(number, exit);
+        }
+        if self.session_messages(number).is_err() {
+            return self.close_session(number);
+        }
+        self.flush_session(number);
+        self.watch_forward(number);
+    }
+
+    /// Passes output on for as long as the host takes it; says how the connection ended if it has.
+    fn forward_output(&mut self, number: u32) -> Option<v1::Exit> {
+        let session = self.sessions.get_mut(&number)?;
+        let Purpose::Forward(forward) = &mut session.purpose else { return None };
+        for _ in 0..ROUNDS {
+            if forward.phase != Phase::Open || !session.connection.has_room() {
+                return None;
+            }
+            let message = match forward.read() {
+                Ok(Some(bytes)) if bytes.is_empty() => return Some(ENDED),
+                Ok(Some(bytes)) => v1::FromSession { message: Some(from_session::Message::Stdout(bytes)) },
+                Ok(None) => return None,
+                Err(_) => return Some(BROKEN),
+            };
+            if session.connection.send(&message).and_then(|()| Ok(session.connection.flush(&self.poll)?)).is_err() {
+                return Some(BROKEN);
+            }
+        }
+        None
+    }
+
+    /// Only after the last flush of a turn, or there would be room that nothing waits for.
+    fn watch_forward(&mut self, number: u32) {
+        let Some(session) = self.sessions.get_mut(&number) else { return };
+        let room = session.connection.has_room();
+        if let Purpose::Forward(forward) = &mut session.purpose
+            && let Err(error) = forward.watch(&self.poll, room)
+        {
+            kmsg::say(&format!("cannot watch a forwarded port: {error}"));
+            self.close_session(number);
+        }
+    }
+
     /// An exec's process has something to say before it is its program.
     pub(crate) fn exec_news(&mut self, task: u32, number: u32, news: News) {
         match news {
-            News::Ready => {
+            News::Ready(_) => {
                 if let Some(task) = self.tasks.get_mut(&task) {
                     task.go();
                 }
@@ -319,9 +419,14 @@ impl Agent {
                 }
                 self.settle(task);
             }
-            Purpose::Greeting | Purpose::Opening | Purpose::Over => {}
+            // A forwarded connection ends with its session.
+            Purpose::Greeting | Purpose::Opening | Purpose::Forward(_) | Purpose::Over => {}
         }
     }
+}
+
+fn no_server(error: &io::Error) -> Fault {
+    Fault::wrong_state(format!("the pod's loopback: {error}"))
 }
 
 /// To the process group in the foreground of its terminal, or else its own.

@@ -38,7 +38,7 @@ pub(crate) enum Phase {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum News {
     /// It waits for the word to go on.
-    Ready,
+    Ready(v1::Created),
     /// It has become its program.
     Running,
     /// It never will.
@@ -93,10 +93,10 @@ impl Task {
         };
         let failed = |text: &str| News::Failed { cannot_exec: false, text: text.to_owned() };
         let news = match (report, self.phase) {
-            (Some(Report::Ready(terminal)), Phase::Preparing) => match self.adopt_terminal(terminal) {
+            (Some(Report::Ready { terminal, user }), Phase::Preparing) => match self.adopt_terminal(terminal) {
                 Ok(()) => {
                     self.phase = Phase::Ready;
-                    return Some(News::Ready);
+                    return Some(News::Ready(user));
                 }
                 Err(error) => failed(&format!("cannot take over the terminal: {error}")),
             },

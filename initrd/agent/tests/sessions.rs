@@ -244,3 +244,35 @@ fn a_pod_is_configured_once_and_before_its_containers() {
     let (exit, lines) = pod.run(container("a", script));
     assert_eq!((exit.code, lines), (0, vec!["0".to_owned(), "1024".into(), "1".into()]));
 }
+
+fn forward(port: u16) -> open::Kind {
+    open::Kind::PortForward(v1::PortForward { port: port.into() })
+}
+
+#[test]
+fn a_forwarded_port_carries_both_ways_and_ends_half_by_half() {
+    let mut pod = Pod::start();
+    // It answers once it has heard all, so its answer needs the end of what it is sent.
+    pod.launch(container("a", "while :; do nc -l -p 4000 -e wc -c; done"));
+    eventually("a server", || {
+        let probe = pod.exec_sh("a", "netstat -lnt | grep -q :4000");
+        (probe.0 == 0).then_some(())
+    });
+    let session = pod.open(forward(4000)).expect("opened");
+    let piece = "x".repeat(1 << 16);
+    for _ in 0..32 {
+        session.send(stdin(&piece));
+    }
+    session.send(to_session::Message::CloseStdin(v1::Done {}));
+    let (exit, out, err) = session.finish();
+    assert_eq!((exit.code, out.trim(), err.as_str()), (0, "2097152", ""));
+}
+
+#[test]
+fn a_port_on_which_nobody_listens_is_refused() {
+    let pod = Pod::start();
+    let (kind, text) = pod.open(forward(4001)).map(drop).expect_err("refused");
+    assert!(kind == Kind::WrongState && text.contains("refused"), "{text}");
+    let (kind, _) = pod.open(open::Kind::PortForward(v1::PortForward { port: 70000 })).map(drop).expect_err("refused");
+    assert_eq!(kind, Kind::Invalid);
+}

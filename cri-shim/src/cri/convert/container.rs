@@ -5,7 +5,7 @@ use std::path::{Component, Path, PathBuf};
 use super::pod::check_namespaces;
 use super::process::process;
 use super::resources::resources;
-use super::security::{check_apparmor, paths};
+use super::security::{check_apparmor, check_selinux, paths};
 use super::{invalid, required, signal};
 use crate::cri::proto::{
     ContainerConfig, Device, ImageSpec, LinuxContainerSecurityContext, Mount, MountPropagation, NamespaceMode,
@@ -37,12 +37,12 @@ pub(in crate::cri) fn container_spec(
     let namespaces = context.namespace_options.clone().unwrap_or_default();
     check_namespaces(&namespaces)?;
     check_apparmor(&context)?;
-    let hostname = if pod.hostname.is_empty() { &pod.identity.name } else { &pod.hostname };
+    check_selinux(context.selinux_options.as_ref())?;
     let (masked_paths, readonly_paths) = paths(&context);
     Ok(ContainerSpec {
         name: metadata.name,
         attempt: metadata.attempt,
-        process: process(&config, &context, &image.config, hostname)?,
+        process: process(&config, &context, &image.config, pod.hostname())?,
         rootfs: Rootfs::Image(image.id.clone()),
         image_name: config.image.as_ref().map(asked_name).unwrap_or_default(),
         read_only_rootfs: context.readonly_rootfs,

@@ -23,6 +23,6 @@ pub(in crate::cri) fn container_matches(filter: Option<&ContainerFilter>, contai
     })
 }
 
-fn labels_match(selector: &HashMap<String, String>, labels: &BTreeMap<String, String>) -> bool {
+pub(super) fn labels_match(selector: &HashMap<String, String>, labels: &BTreeMap<String, String>) -> bool {
     selector.iter().all(|(name, value)| labels.get(name) == Some(value))
 }

@@ -10,13 +10,16 @@ mod process;
 mod resources;
 pub(crate) mod security;
 mod signal;
+mod stats;
 mod status;
 
 pub(super) use container::container_spec;
 pub(super) use filter::{container_matches, pod_matches};
 pub(super) use pod::pod_spec;
 pub(super) use process::numeric_user;
-pub(super) use status::{container, container_status, pod, pod_status};
+pub(super) use resources::resources;
+pub(super) use stats::{container_stats, container_stats_match, pod_stats, pod_stats_match};
+pub(super) use status::{container, container_status, event, pod, pod_status};
 
 use std::fmt::Display;
 

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::resources::resources;
+use super::security::check_selinux;
 use super::{invalid, required};
 use crate::cri::proto::{
     DnsConfig, LinuxPodSandboxConfig, NamespaceMode, NamespaceOption, PodSandboxConfig, PortMapping as WirePort,
@@ -26,6 +27,7 @@ pub(in crate::cri) fn pod_spec(config: PodSandboxConfig, handler: &str, known: &
         return Err(invalid("the pod's metadata has no name"));
     }
     let linux = config.linux.unwrap_or_default();
+    check_selinux(linux.security_context.as_ref().and_then(|context| context.selinux_options.as_ref()))?;
     let namespaces = linux.security_context.as_ref().and_then(|context| context.namespace_options.clone());
     let namespaces = namespaces.unwrap_or_default();
     check_namespaces(&namespaces)?;

@@ -6,11 +6,16 @@ use crate::spec::Resources;
 
 use super::invalid;
 
-pub(super) fn resources(wire: LinuxContainerResources) -> Result<Resources> {
+pub(in crate::cri) fn resources(wire: LinuxContainerResources) -> Result<Resources> {
     let oom_score_adj = match i32::try_from(wire.oom_score_adj) {
         Ok(adjustment @ -1000..=1000) => Some(adjustment).filter(|&adjustment| adjustment != 0),
         _ => return Err(invalid(format_args!("oom_score_adj {} is not within -1000 and 1000", wire.oom_score_adj))),
     };
+    // The kubelet names every page size of the host, with 0 for what the container does not ask for.
+    if let Some(huge) = wire.hugepage_limits.iter().find(|huge| huge.limit > 0) {
+        let size = &huge.page_size;
+        return Err(invalid(format_args!("huge pages of {size}: guests have none; remove hugepages-{size}")));
+    }
     Ok(Resources {
         cpu_period: positive("cpu_period", wire.cpu_period)?,
         // A negative quota is none.
@@ -52,6 +57,7 @@ pub(super) fn wire_resources(resources: &Resources) -> LinuxContainerResources {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cri::proto::HugepageLimit;
 
     #[test]
     fn limits_survive_a_round_trip() {
@@ -75,6 +81,12 @@ mod tests {
         assert!(resources(negative).is_err());
         let adjustment = LinuxContainerResources { oom_score_adj: 1001, ..Default::default() };
         assert!(resources(adjustment).is_err());
+        let huge = |limit| LinuxContainerResources {
+            hugepage_limits: vec![HugepageLimit { page_size: "2Mi".into(), limit }],
+            ..Default::default()
+        };
+        assert!(resources(huge(1)).expect_err("refused").to_string().contains("2Mi"));
+        assert!(resources(huge(0)).is_ok());
         let quota = LinuxContainerResources { cpu_quota: -1, ..Default::default() };
         assert_eq!(resources(quota).expect("valid").cpu_quota, None);
     }

@@ -1,10 +1,11 @@
 //! Security contexts: capabilities, seccomp and paths that containers do not see.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 
 use super::invalid;
 use crate::cri::proto::security_profile::ProfileType;
-use crate::cri::proto::{Capability, LinuxContainerSecurityContext, SecurityProfile};
+use crate::cri::proto::{Capability, LinuxContainerSecurityContext, SeLinuxOption, SecurityProfile};
 use crate::error::Result;
 use crate::spec::Capabilities;
 
@@ -136,30 +137,60 @@ fn names(list: &[String]) -> Result<BTreeSet<String>> {
     list.iter().map(name).collect()
 }
 
+/// What older clients write before the name of a profile.
+const LOCALHOST: &str = "localhost/";
+
+/// A profile in the words of a field that newer clients leave empty.
+fn legacy_profile(text: &str) -> Option<SecurityProfile> {
+    let profile_type = match text {
+        "" => return None,
+        "runtime/default" | "docker/default" => ProfileType::RuntimeDefault,
+        "unconfined" => ProfileType::Unconfined,
+        _ => ProfileType::Localhost,
+    };
+    Some(SecurityProfile { profile_type: profile_type.into(), localhost_ref: text.to_owned() })
+}
+
 /// A compiled filter; empty is unconfined.
 pub(super) fn seccomp(context: &LinuxContainerSecurityContext) -> Result<Vec<u8>> {
-    let Some(profile) = &context.seccomp else { return Ok(Vec::new()) };
+    let legacy = || legacy_profile(&context.seccomp_profile_path);
+    let Some(profile) = context.seccomp.clone().or_else(legacy) else { return Ok(Vec::new()) };
     match profile.profile_type() {
         ProfileType::Unconfined => Ok(Vec::new()),
         // A privileged container is confined by its kernel alone.
         _ if context.privileged => Ok(Vec::new()),
         ProfileType::RuntimeDefault => Ok(crate::seccomp::default_filter(&capabilities(context)?.permitted)?),
-        ProfileType::Localhost => Err(invalid(format_args!(
-            "seccomp profile {:?}: profiles of the node are not supported yet; use RuntimeDefault or Unconfined",
-            profile.localhost_ref
-        ))),
+        ProfileType::Localhost => {
+            let reference = profile.localhost_ref.as_str();
+            crate::seccomp::local_filter(Path::new(reference.strip_prefix(LOCALHOST).unwrap_or(reference)))
+        }
     }
 }
 
 /// The guest kernel has no AppArmor, so a profile of the node cannot be honoured; the default one is none.
 pub(super) fn check_apparmor(context: &LinuxContainerSecurityContext) -> Result<()> {
-    let local = |profile: &&SecurityProfile| profile.profile_type() == ProfileType::Localhost;
-    match context.apparmor.as_ref().filter(local) {
+    let local = |profile: &SecurityProfile| profile.profile_type() == ProfileType::Localhost;
+    let legacy = || legacy_profile(&context.apparmor_profile);
+    match context.apparmor.clone().or_else(legacy).filter(local) {
         Some(profile) => Err(invalid(format_args!(
             "AppArmor profile {:?}: the guest kernel has no AppArmor; remove the profile",
             profile.localhost_ref
         ))),
         None => Ok(()),
+    }
+}
+
+/// The guest kernel has no SELinux either.
+pub(super) fn check_selinux(options: Option<&SeLinuxOption>) -> Result<()> {
+    match options {
+        Some(SeLinuxOption { user, role, r#type, level })
+            if [user, role, r#type, level].iter().any(|part| !part.is_empty()) =>
+        {
+            Err(invalid(format_args!(
+                "SELinux label {user}:{role}:{type}:{level}: the guest kernel has no SELinux; remove seLinuxOptions"
+            )))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -224,6 +255,30 @@ mod tests {
         let apparmor = LinuxContainerSecurityContext { apparmor: Some(local()), ..Default::default() };
         assert!(check_apparmor(&apparmor).is_err());
         assert!(check_apparmor(&LinuxContainerSecurityContext::default()).is_ok());
+    }
+
+    #[test]
+    fn older_fields_mean_the_same() {
+        let seccomp_of = |path: &str| {
+            let context = LinuxContainerSecurityContext { seccomp_profile_path: path.into(), ..Default::default() };
+            seccomp(&context)
+        };
+        assert_eq!(seccomp_of("unconfined"), Ok(Vec::new()));
+        assert!(!seccomp_of("runtime/default").expect("valid").is_empty());
+        assert!(seccomp_of("localhost//nonexistent").expect_err("refused").to_string().contains("/nonexistent"));
+        let apparmor_of = |name: &str| {
+            check_apparmor(&LinuxContainerSecurityContext { apparmor_profile: name.into(), ..Default::default() })
+        };
+        assert!(apparmor_of("localhost/mine").is_err());
+        assert!(apparmor_of("runtime/default").is_ok());
+    }
+
+    #[test]
+    fn a_label_that_nobody_would_enforce_is_refused() {
+        let label = SeLinuxOption { level: "s0:c1".into(), ..Default::default() };
+        assert!(check_selinux(Some(&label)).expect_err("refused").to_string().contains("s0:c1"));
+        assert!(check_selinux(Some(&SeLinuxOption::default())).is_ok());
+        assert!(check_selinux(None).is_ok());
     }
 
     #[test]

@@ -1,12 +1,12 @@
 //! What is known of pods and containers, in the CRI's words.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use super::resources::wire_resources;
 use super::signal;
 use crate::cri::proto::{self, ImageSpec, NamespaceMode, NamespaceOption};
-use crate::pod::{ContainerState, ContainerStatus, PodState, PodStatus};
+use crate::pod::{ContainerState, ContainerStatus, ContainerUser, Event, EventKind, PodState, PodStatus};
 use crate::spec::{MountSource, MountSpec};
 
 pub(super) fn pod_state(state: PodState) -> proto::PodSandboxState {
@@ -94,12 +94,12 @@ pub(in crate::cri) fn container_status(container: &ContainerStatus) -> proto::Co
         log_path: container.log_path.display().to_string(),
         resources: Some(proto::ContainerResources { linux, windows: None }),
         image_id: container.image_id.clone(),
-        user: None,
+        user: container.user.as_ref().map(user),
         stop_signal: signal::wire(container.spec.stop_signal).into(),
     }
 }
 
-fn pod_metadata(pod: &PodStatus) -> proto::PodSandboxMetadata {
+pub(super) fn pod_metadata(pod: &PodStatus) -> proto::PodSandboxMetadata {
     let identity = pod.spec.identity.clone();
     proto::PodSandboxMetadata {
         name: identity.name,
@@ -109,8 +109,35 @@ fn pod_metadata(pod: &PodStatus) -> proto::PodSandboxMetadata {
     }
 }
 
-fn container_metadata(container: &ContainerStatus) -> proto::ContainerMetadata {
+pub(super) fn container_metadata(container: &ContainerStatus) -> proto::ContainerMetadata {
     proto::ContainerMetadata { name: container.spec.name.clone(), attempt: container.spec.attempt }
+}
+
+/// The primary group is one of the supplementary ones, as other runtimes have it.
+fn user(user: &ContainerUser) -> proto::ContainerUser {
+    let groups: BTreeSet<i64> = user.groups.iter().chain([&user.gid]).map(|&gid| gid.into()).collect();
+    let linux = proto::LinuxContainerUser {
+        uid: user.uid.into(),
+        gid: user.gid.into(),
+        supplemental_groups: groups.into_iter().collect(),
+    };
+    proto::ContainerUser { linux: Some(linux) }
+}
+
+pub(in crate::cri) fn event(event: &Event) -> proto::ContainerEventResponse {
+    let kind = match event.kind {
+        EventKind::Created => proto::ContainerEventType::ContainerCreatedEvent,
+        EventKind::Started => proto::ContainerEventType::ContainerStartedEvent,
+        EventKind::Stopped => proto::ContainerEventType::ContainerStoppedEvent,
+        EventKind::Deleted => proto::ContainerEventType::ContainerDeletedEvent,
+    };
+    proto::ContainerEventResponse {
+        container_id: event.id.clone(),
+        container_event_type: kind.into(),
+        created_at: event.at_ns,
+        pod_sandbox_status: Some(pod_status(&event.pod)),
+        containers_statuses: event.pod.containers.values().map(container_status).collect(),
+    }
 }
 
 fn image(container: &ContainerStatus) -> ImageSpec {
@@ -132,6 +159,6 @@ fn mount(mount: &MountSpec) -> proto::Mount {
     wire
 }
 
-fn map(map: &std::collections::BTreeMap<String, String>) -> HashMap<String, String> {
+pub(super) fn map(map: &std::collections::BTreeMap<String, String>) -> HashMap<String, String> {
     map.clone().into_iter().collect()
 }

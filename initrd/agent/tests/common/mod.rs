@@ -239,7 +239,7 @@ impl Pod {
         let stdio = v1::Stdio { log_port: self.ports, ..container.stdio.unwrap_or_default() };
         let container = v1::CreateContainer { stdio: Some(stdio), ..container };
         match self.call(request::Call::CreateContainer(container)) {
-            reply::Result::Done(_) => Ok(log),
+            reply::Result::Created(_) => Ok(log),
             reply::Result::Error(error) => Err((error.kind(), error.message)),
             other => panic!("{other:?}"),
         }
