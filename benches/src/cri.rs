@@ -46,7 +46,7 @@ const NETWORK: &str = r#"{"cniVersion": "1.0.0", "name": "bench", "plugins": [
 pub(crate) async fn measure(place: &Place, report: &mut Report) -> Result<()> {
     let daemon = Daemon::start(place)?;
     let channel = daemon.connect().await?;
-    pull(&channel).await?;
+    pull(&channel, place.registry).await?;
     let mut calls = RuntimeServiceClient::new(channel);
     let mut samples = Samples::default();
     for figures in repeat("cri", place.runs, async || life(&mut calls, &daemon.directory).await).await? {
@@ -99,35 +99,55 @@ async fn remove(calls: &mut RuntimeServiceClient<Channel>, pod: String) -> Resul
 
 /// One pod with one container, from begin to end; what each call took.
 async fn life(calls: &mut RuntimeServiceClient<Channel>, logs: &Path) -> Result<Vec<(String, f64)>> {
-    let mut figures = Vec::new();
-    let mut since = Instant::now();
-    let mut lap = |name: &str| {
-        figures.push((format!("cri.{name}.minstr"), since.elapsed().as_secs_f64() * 1e3));
-        since = Instant::now();
-    };
-    let pod_config = pod_config(logs, 0);
-    let request = RunPodSandboxRequest { config: Some(pod_config.clone()), ..Default::default() };
+    let mut laps = Laps::begin();
+    let request = RunPodSandboxRequest { config: Some(pod_config(logs, 0)), ..Default::default() };
     let pod = calls.run_pod_sandbox(request).await.context("RunPodSandbox")?.into_inner().pod_sandbox_id;
-    lap("run_pod");
+    laps.lap("run_pod");
+    let lived = live(calls, logs, &pod, &mut laps).await;
+    if lived.is_err() {
+        // The next one has its name.
+        let _ = remove(calls, pod).await;
+    }
+    lived.map(|()| laps.figures)
+}
+
+async fn live(calls: &mut RuntimeServiceClient<Channel>, logs: &Path, pod: &str, laps: &mut Laps) -> Result<()> {
     let request = CreateContainerRequest {
-        pod_sandbox_id: pod.clone(),
+        pod_sandbox_id: pod.to_owned(),
         config: Some(container_config()),
-        sandbox_config: Some(pod_config),
+        sandbox_config: Some(pod_config(logs, 0)),
     };
-    let container = calls.create_container(request).await.context("CreateContainer")?.into_inner().container_id;
-    lap("create");
-    calls.start_container(StartContainerRequest { container_id: container.clone() }).await.context("StartContainer")?;
-    lap("start");
-    calls
-        .stop_container(StopContainerRequest { container_id: container, timeout: 0 })
-        .await
-        .context("StopContainer")?;
-    lap("stop");
-    calls.stop_pod_sandbox(StopPodSandboxRequest { pod_sandbox_id: pod.clone() }).await.context("StopPodSandbox")?;
-    lap("stop_pod");
-    calls.remove_pod_sandbox(RemovePodSandboxRequest { pod_sandbox_id: pod }).await.context("RemovePodSandbox")?;
-    lap("remove_pod");
-    Ok(figures)
+    let container_id = calls.create_container(request).await.context("CreateContainer")?.into_inner().container_id;
+    laps.lap("create");
+    let request = StartContainerRequest { container_id: container_id.clone() };
+    calls.start_container(request).await.context("StartContainer")?;
+    laps.lap("start");
+    calls.stop_container(StopContainerRequest { container_id, timeout: 0 }).await.context("StopContainer")?;
+    laps.lap("stop");
+    let request = StopPodSandboxRequest { pod_sandbox_id: pod.to_owned() };
+    calls.stop_pod_sandbox(request).await.context("StopPodSandbox")?;
+    laps.lap("stop_pod");
+    let request = RemovePodSandboxRequest { pod_sandbox_id: pod.to_owned() };
+    calls.remove_pod_sandbox(request).await.context("RemovePodSandbox")?;
+    laps.lap("remove_pod");
+    Ok(())
+}
+
+/// What passes between one call's answer and the next's.
+struct Laps {
+    since: Instant,
+    figures: Vec<(String, f64)>,
+}
+
+impl Laps {
+    fn begin() -> Self {
+        Self { since: Instant::now(), figures: Vec::new() }
+    }
+
+    fn lap(&mut self, name: &str) {
+        self.figures.push((format!("cri.{name}.minstr"), self.since.elapsed().as_secs_f64() * 1e3));
+        self.since = Instant::now();
+    }
 }
 
 fn pod_config(logs: &Path, number: usize) -> PodSandboxConfig {
@@ -156,21 +176,12 @@ fn container_config() -> ContainerConfig {
     }
 }
 
-/// Pulls the image from the lab's registry, which does not run any more afterwards: nobody else's work is counted.
-async fn pull(channel: &Channel) -> Result<()> {
-    registry("start")?;
+/// Pulls the image, after which nobody else's work is counted.
+async fn pull(channel: &Channel, registry: i32) -> Result<()> {
     let image = Some(ImageSpec { image: IMAGE.into(), ..Default::default() });
-    let pulled =
-        ImageServiceClient::new(channel.clone()).pull_image(PullImageRequest { image, ..Default::default() }).await;
-    registry("stop")?;
-    pulled.map(drop).with_context(|| format!("pulling {IMAGE}"))
-}
-
-fn registry(verb: &str) -> Result<()> {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/lab/registry");
-    let output = Command::new(script).arg(verb).output()?;
-    ensure!(output.status.success(), "registry {verb}: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(())
+    let request = PullImageRequest { image, ..Default::default() };
+    ImageServiceClient::new(channel.clone()).pull_image(request).await.with_context(|| format!("pulling {IMAGE}"))?;
+    kill(Pid::from_raw(registry), Signal::SIGTERM).context("ending the registry")
 }
 
 /// A daemon of our own. Dropping it kills it.

@@ -54,6 +54,9 @@ struct Place {
     /// Directory of the CNI plugins.
     #[arg(long)]
     cni: PathBuf,
+    /// Process of the registry that serves the image; it is ended once that is pulled, so that its work is not counted.
+    #[arg(long)]
+    registry: i32,
     /// An empty directory in memory to work in.
     #[arg(long)]
     work: PathBuf,

@@ -59,13 +59,14 @@ impl Minimal {
 
     /// Boots until the agent is ready, and ends the machine: when the decision fell, and the VMM's events.
     pub(crate) async fn boot(&self, vcpus: u8) -> Result<(u64, Vec<Event>)> {
+        // A boot that failed may have left its own.
+        let _ = fs::remove_dir_all(&self.directory);
         fs::create_dir_all(&self.directory)?;
         let begun = now()?;
         let child = self.spawner.spawn(self.program(vcpus)?).await?;
         let booted = self.ready().await;
         let events = booted.and_then(|()| self.events());
         end(child).await?;
-        fs::remove_dir_all(&self.directory)?;
         Ok((begun, events?))
     }
 
@@ -132,7 +133,8 @@ impl Minimal {
 }
 
 async fn end(child: Child) -> Result<()> {
-    kill(Pid::from_raw(i32::try_from(child.pid)?), Signal::SIGKILL)?;
+    // One that has ended by itself is gone already.
+    let _ = kill(Pid::from_raw(i32::try_from(child.pid)?), Signal::SIGKILL);
     child.ended.await.map(drop).context("the spawner ended")
 }
 
