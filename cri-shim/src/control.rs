@@ -29,8 +29,8 @@ pub(crate) async fn ask(dir: &PodDir, command: &Command, fds: &[RawFd]) -> Resul
     let (_directory, path) = dir.reach(&dir.control())?;
     let conversation = async {
         let socket = watch(open(&path)?)?;
-        socket.async_io(Interest::WRITABLE, |socket| wire::send(socket.as_fd(), command, fds)).await?;
-        socket.async_io(Interest::READABLE, |socket| wire::recv::<Reply>(socket.as_fd())).await
+        socket.async_io(Interest::WRITABLE, |socket| wire::send(socket.as_fd(), wire::CONTROL, command, fds)).await?;
+        socket.async_io(Interest::READABLE, |socket| wire::recv::<Reply>(socket.as_fd(), wire::CONTROL)).await
     };
     let answer = tokio::time::timeout(ANSWER_LIMIT, conversation).await;
     match answer.map_err(|_| Error::DeadlineExceeded("the VMM does not answer on its control socket".into()))? {

@@ -7,6 +7,7 @@ mod clock;
 pub mod config;
 mod control;
 pub mod cri;
+mod defaults;
 pub mod error;
 pub mod image;
 pub mod network;

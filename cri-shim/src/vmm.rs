@@ -128,7 +128,7 @@ impl Vmm {
 /// Why the VMM of a directory ended, from the events it left and, where known, how the process ended: a sentence for
 /// people, and after a panic the end of the guest's console.
 pub(crate) fn cause_of(dir: &PodDir, ended: Option<Ended>) -> String {
-    let events = File::open(dir.events()).and_then(read_events).unwrap_or_default();
+    let events = events(dir);
     let log = fs::read(dir.vmm_log()).unwrap_or_default();
     cause(&events, ended, &String::from_utf8_lossy(&log[log.len().saturating_sub(LOG_TAIL)..]))
 }
@@ -165,9 +165,13 @@ fn shutdown_text(reason: &ShutdownReason) -> String {
     }
 }
 
+/// What a VMM has told so far; nothing if there never was one.
+pub(crate) fn events(dir: &PodDir) -> Vec<Event> {
+    File::open(dir.events()).and_then(read_events).unwrap_or_default()
+}
+
 /// The moments of a boot as the VMM noted them.
 pub(crate) fn moments(dir: &PodDir) -> Vec<Moment> {
-    let events = File::open(dir.events()).and_then(read_events).unwrap_or_default();
     let moment = |event: Event| {
         let name = match event.kind {
             EventKind::Started => "vmm_started",
@@ -181,7 +185,7 @@ pub(crate) fn moments(dir: &PodDir) -> Vec<Moment> {
         };
         Moment { name: name.into(), at_ns: event.at_ns }
     };
-    events.into_iter().map(moment).collect()
+    events(dir).into_iter().map(moment).collect()
 }
 
 /// The binary, configuration and descriptors of a VMM.

@@ -64,7 +64,7 @@ impl Server {
     /// Takes one command from a connection; `None` if there is none to obey.
     pub fn receive(&mut self, token: u64) -> Option<(Command, Vec<OwnedFd>)> {
         let connection = self.connections.get(&token)?;
-        match wire::recv(connection.socket.as_fd()) {
+        match wire::recv(connection.socket.as_fd(), wire::CONTROL) {
             Ok(Some(packet)) => Some(packet),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
             Err(error) if error.kind() == io::ErrorKind::InvalidData => {
@@ -127,7 +127,7 @@ impl Server {
 /// Sends until the client's buffer is full.
 fn flush(connection: &mut Connection) -> io::Result<()> {
     while let Some(reply) = connection.waiting.front() {
-        match wire::send(connection.socket.as_fd(), reply, &[]) {
+        match wire::send(connection.socket.as_fd(), wire::CONTROL, reply, &[]) {
             Ok(()) => drop(connection.waiting.pop_front()),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             Err(error) => return Err(error),

@@ -69,26 +69,6 @@ impl Session {
     pub async fn next(&mut self) -> Result<SessionOutput> {
         self.reader.next().await
     }
-
-    /// Gives the process input.
-    pub async fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.writer.write(bytes).await
-    }
-
-    /// Ends the process's input.
-    pub async fn close_stdin(&mut self) -> Result<()> {
-        self.writer.close_stdin().await
-    }
-
-    /// Tells the process's terminal its size.
-    pub async fn resize(&mut self, columns: u32, rows: u32) -> Result<()> {
-        self.writer.resize(columns, rows).await
-    }
-
-    /// Sends a signal to the process group.
-    pub async fn signal(&mut self, signal: i32) -> Result<()> {
-        self.writer.send(To::Signal(signal)).await
-    }
 }
 
 impl SessionReader {
@@ -123,6 +103,11 @@ impl SessionWriter {
     /// Tells the process's terminal its size.
     pub async fn resize(&mut self, columns: u32, rows: u32) -> Result<()> {
         self.send(To::Resize(v1::WindowSize { columns, rows })).await
+    }
+
+    /// Sends a signal to the process group.
+    pub async fn signal(&mut self, signal: i32) -> Result<()> {
+        self.send(To::Signal(signal)).await
     }
 
     /// A process that does not read holds its sender back.

@@ -45,18 +45,18 @@ impl Check {
         let lacking = findings.iter().any(|finding| !finding.ok);
         match self.output {
             Format::Json => output::json(&findings)?,
-            Format::Table => print(&findings),
+            Format::Table => print(&findings)?,
         }
         Ok(lacking.into())
     }
 }
 
-fn print(findings: &[Finding]) {
+fn print(findings: &[Finding]) -> Result<()> {
     let row = |finding: &Finding| {
         let verdict = if finding.ok { "ok" } else { "LACKING" };
         vec![finding.what.to_owned(), verdict.to_owned(), finding.found.clone(), finding.fix.clone()]
     };
-    output::table(&["CHECK", "RESULT", "FOUND", "FIX"], &findings.iter().map(row).collect::<Vec<_>>());
+    output::table(&["CHECK", "RESULT", "FOUND", "FIX"], &findings.iter().map(row).collect::<Vec<_>>())
 }
 
 fn look(config: &Config) -> Vec<Finding> {

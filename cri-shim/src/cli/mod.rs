@@ -13,9 +13,15 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
+use output::Format;
+use serde_json::json;
 
 use crate::config::{Config, DEFAULT_PATH};
 use crate::spawner::Spawner;
+
+/// Exit codes of failures, where a command's own is passed on and where not.
+const FAILED_AROUND_COMMAND: u8 = 125;
+const FAILED: u8 = 1;
 
 /// Every pod in its own kernel
 #[derive(Debug, Parser)]
@@ -44,15 +50,24 @@ enum Command {
 
 /// Show the versions of this program and of the guest kernel
 #[derive(Args, Debug)]
-struct Version;
+struct Version {
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Format,
+}
 
 impl Version {
-    fn run(config: &Config) -> Result<i32> {
-        println!("pericarp {}", env!("CARGO_PKG_VERSION"));
+    fn run(&self, config: &Config) -> Result<i32> {
         let file = config.core.kernel.with_file_name("version");
         let text = std::fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
-        for line in text.lines() {
-            println!("guest kernel {line}");
+        // As guest-kernel/build writes it: the version of Debian's source package, then what `uname -r` says.
+        let (source, release) = text.trim().split_once('\n').unwrap_or(("", text.trim()));
+        let (pericarp, kernel) = (env!("CARGO_PKG_VERSION"), json!({"release": release, "source": source}));
+        match self.output {
+            Format::Json => output::json(&json!({"pericarp": pericarp, "guest_kernel": kernel}))?,
+            Format::Table => {
+                output::line(&format!("pericarp      {pericarp}"))?;
+                output::line(&format!("guest kernel  {release} (from linux-source {source})"))?;
+            }
         }
         Ok(0)
     }
@@ -73,18 +88,30 @@ impl Cli {
             Command::Inspect(inspect) => inspect.run(&config),
             Command::Console(console) => console.run(&config),
             Command::Boot(boot) => boot.run(),
-            Command::Version(Version) => Version::run(&config),
+            Command::Version(version) => version.run(&config),
             Command::Run(run) => {
                 // Before the first thread: see `spawner`.
                 let spawner = Spawner::fork()?;
-                runtime()?.block_on(run.run(&config, spawner))
+                wait(run.run(&config, spawner))
             }
-            Command::Exec(exec) => runtime()?.block_on(exec.run(&config)),
-            Command::Rm(rm) => runtime()?.block_on(rm.run(&config)),
+            Command::Exec(exec) => wait(exec.run(&config)),
+            Command::Rm(rm) => wait(rm.run(&config)),
+        }
+    }
+
+    /// Exit code for a failure of this program's own: one that the commands of others seldom have, where theirs count.
+    pub fn failure(&self) -> u8 {
+        match self.command {
+            Command::Run(_) | Command::Exec(_) => FAILED_AROUND_COMMAND,
+            _ => FAILED,
         }
     }
 }
 
-fn runtime() -> Result<tokio::runtime::Runtime> {
-    Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?)
+fn wait(work: impl Future<Output = Result<i32>>) -> Result<i32> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let result = runtime.block_on(work);
+    // A read of the terminal may be under way, which nothing ends but another key.
+    runtime.shutdown_background();
+    result
 }

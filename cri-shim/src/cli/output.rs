@@ -1,5 +1,7 @@
 //! What the commands print: tables for people, JSON for programs.
 
+use std::io::{self, Write};
+
 use anyhow::Result;
 use clap::ValueEnum;
 use serde::Serialize;
@@ -16,20 +18,30 @@ pub(super) enum Format {
 
 /// Prints a document as JSON.
 pub(super) fn json(document: &impl Serialize) -> Result<()> {
-    println!("{}", serde_json::to_string_pretty(document)?);
-    Ok(())
+    line(&serde_json::to_string_pretty(document)?)
+}
+
+/// Prints a document on a line of its own, one of several.
+pub(super) fn json_line(document: &impl Serialize) -> Result<()> {
+    line(&serde_json::to_string(document)?)
+}
+
+/// Prints a line; somebody may have stopped reading.
+pub(super) fn line(text: &str) -> Result<()> {
+    Ok(writeln!(io::stdout(), "{text}")?)
 }
 
 /// Prints rows in columns as wide as their widest cell, two spaces apart.
-pub(super) fn table(header: &[&str], rows: &[Vec<String>]) {
+pub(super) fn table(header: &[&str], rows: &[Vec<String>]) -> Result<()> {
     let header: Vec<String> = header.iter().map(|cell| (*cell).to_owned()).collect();
     let all = || std::iter::once(&header).chain(rows);
     let width = |column: usize| all().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max();
     let widths: Vec<usize> = (0..header.len()).map(|column| width(column).unwrap_or(0)).collect();
     for row in all() {
         let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}"));
-        println!("{}", cells.collect::<Vec<_>>().join("  ").trim_end());
+        line(cells.collect::<Vec<_>>().join("  ").trim_end())?;
     }
+    Ok(())
 }
 
 /// A span of time as people say it, such as `3 minutes ago`.

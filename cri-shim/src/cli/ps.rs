@@ -9,12 +9,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use serde_json::json;
-use vmm_control::{Client, Command, Event, Reply, read_events};
+use vmm_control::{Client, Command, Event, Reply};
 
 use super::find::{self, Found};
 use super::output::{self, Format};
 use crate::config::Config;
 use crate::record::{Life, Phase, Record};
+use crate::vmm;
 
 /// Longest wait for a VMM's answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
@@ -37,13 +38,13 @@ impl Ps {
         let pods = find::pods(config);
         match self.output {
             Format::Json => output::json(&pods.iter().map(|found| &found.record).collect::<Vec<_>>())?,
-            Format::Table => table(&pods),
+            Format::Table => table(&pods)?,
         }
         Ok(0)
     }
 }
 
-fn table(pods: &[Found]) {
+fn table(pods: &[Found]) -> Result<()> {
     let mut rows = Vec::new();
     for Found { record, .. } in pods {
         let state = match &record.phase {
@@ -75,7 +76,7 @@ fn table(pods: &[Found]) {
             ]);
         }
     }
-    output::table(&["ID", "KIND", "NAME", "STATE", "CREATED", "ADDRESSES"], &rows);
+    output::table(&["ID", "KIND", "NAME", "STATE", "CREATED", "ADDRESSES"], &rows)
 }
 
 /// Show a pod: what it is, what its VMM counts, and how it came up
@@ -91,7 +92,7 @@ impl Inspect {
     pub(super) fn run(&self, config: &Config) -> Result<i32> {
         let found = find::pod(config, &self.pod)?;
         let record = &found.record;
-        let events = File::open(found.dir.events()).and_then(read_events).unwrap_or_default();
+        let timeline = timeline(record, &vmm::events(&found.dir));
         let counters = match ask(&found, &Command::Counters) {
             Ok(Reply::Counters(counters)) => counters,
             _ => Default::default(),
@@ -101,35 +102,27 @@ impl Inspect {
                 "record": record,
                 "vmm_pid": record.vmm.map(|vmm| vmm.pid),
                 "counters": counters,
-                "timeline": timeline(record, &events),
+                "timeline": timeline,
             }))?,
             Format::Table => {
-                print_pod(record);
-                println!();
-                let row = |phase: &PhaseTime| {
-                    vec![
-                        phase.name.clone(),
-                        format!("{:.3}", phase.since_first_ms),
-                        format!("{:.3}", phase.took_ms),
-                        phase.exits.map_or(String::new(), |exits| exits.to_string()),
-                    ]
-                };
+                print_pod(record)?;
+                output::line("")?;
                 output::table(
                     &["PHASE", "AT (ms)", "TOOK (ms)", "EXITS"],
-                    &timeline(record, &events).iter().map(row).collect::<Vec<_>>(),
-                );
-                println!();
+                    &timeline.iter().map(PhaseTime::row).collect::<Vec<_>>(),
+                )?;
+                output::line("")?;
                 output::table(
                     &["COUNTER", "VALUE"],
                     &counters.iter().map(|(name, count)| vec![name.clone(), count.to_string()]).collect::<Vec<_>>(),
-                );
+                )?;
             }
         }
         Ok(0)
     }
 }
 
-fn print_pod(record: &Record) {
+fn print_pod(record: &Record) -> Result<()> {
     let ips = record.attachment.iter().flat_map(|attachment| &attachment.ips).map(ToString::to_string);
     let lines = [
         ("Pod", format!("{} ({})", record.spec.identity.name, record.id)),
@@ -147,8 +140,9 @@ fn print_pod(record: &Record) {
         ("cgroup", record.cgroup.clone()),
     ];
     for (name, value) in lines {
-        println!("{name:10} {value}");
+        output::line(format!("{name:10} {value}").trim_end())?;
     }
+    Ok(())
 }
 
 /// A phase of a pod's start.
@@ -159,6 +153,17 @@ struct PhaseTime {
     took_ms: f64,
     /// Exits of the guest until then, where the VMM counted them.
     exits: Option<u64>,
+}
+
+impl PhaseTime {
+    fn row(&self) -> Vec<String> {
+        vec![
+            self.name.clone(),
+            format!("{:.3}", self.since_first_ms),
+            format!("{:.3}", self.took_ms),
+            self.exits.map_or(String::new(), |exits| exits.to_string()),
+        ]
+    }
 }
 
 /// The moments that the core and the VMM noted, in order of time.
@@ -198,6 +203,8 @@ pub(super) struct Console {
     /// Go on until the pod ends.
     #[arg(short, long)]
     follow: bool,
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Format,
 }
 
 impl Console {
@@ -208,7 +215,10 @@ impl Console {
             let Reply::Console { next, text } = ask(&found, &Command::Console { from })? else {
                 bail!("the VMM gave no console");
             };
-            io::stdout().write_all(text.as_bytes())?;
+            match self.output {
+                Format::Json => output::json_line(&json!({"next": next, "text": text}))?,
+                Format::Table => io::stdout().write_all(text.as_bytes())?,
+            }
             from = next;
             if !self.follow {
                 return Ok(0);
@@ -230,6 +240,9 @@ pub(super) struct Logs {
     /// Show the time of each line.
     #[arg(short, long)]
     timestamps: bool,
+    /// As JSON: one document a line.
+    #[arg(short, long, value_enum, default_value_t, hide_default_value = true)]
+    output: Format,
 }
 
 impl Logs {
@@ -253,11 +266,19 @@ impl Logs {
     }
 
     /// One line of the CRI's format: time, stream, tag and text.
-    fn print(&self, line: &[u8]) -> io::Result<()> {
+    fn print(&self, line: &[u8]) -> Result<()> {
         let mut parts = line.splitn(4, |byte| *byte == b' ');
         let (time, stream, tag) =
             (parts.next().unwrap_or_default(), parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
         let text = parts.next().unwrap_or(b"\n");
+        if self.output == Format::Json {
+            let said = |bytes| String::from_utf8_lossy(bytes).into_owned();
+            let text = said(text.strip_suffix(b"\n").unwrap_or(text));
+            let document = json!({
+                "time": said(time), "stream": said(stream), "partial": tag.starts_with(b"P"), "text": text,
+            });
+            return output::json_line(&document);
+        }
         // A partial line has no end of its own.
         let text = if tag.starts_with(b"P") { text.strip_suffix(b"\n").unwrap_or(text) } else { text };
         let mut to: Box<dyn Write> = if stream == b"stderr" { Box::new(io::stderr()) } else { Box::new(io::stdout()) };
@@ -265,7 +286,7 @@ impl Logs {
             to.write_all(time)?;
             to.write_all(b" ")?;
         }
-        to.write_all(text)
+        Ok(to.write_all(text)?)
     }
 }
 
@@ -282,17 +303,26 @@ pub(super) struct Rm {
     /// Ids, beginnings of them, or names.
     #[arg(required = true)]
     pods: Vec<String>,
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Format,
 }
 
 impl Rm {
     pub(super) async fn run(&self, config: &Config) -> Result<i32> {
+        let mut removed = Vec::new();
         for wanted in &self.pods {
             let found = find::pod(config, wanted)?;
             if found.state_dir != config.core.state_dir {
                 bail!("{wanted} belongs to a `pericarp run`: end that, and its pod goes with it");
             }
             remove(&config.socket, &found.record.id).await?;
-            println!("{}", found.record.id);
+            match self.output {
+                Format::Json => removed.push(found.record.id),
+                Format::Table => output::line(&found.record.id)?,
+            }
+        }
+        if self.output == Format::Json {
+            output::json(&removed)?;
         }
         Ok(0)
     }

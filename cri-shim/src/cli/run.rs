@@ -3,32 +3,45 @@
 //! The core lives in this process, in a state directory of its own, which a lock marks as in use. If this process is
 //! killed, the next run sweeps what it left.
 
-use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs::{self, File, TryLockError};
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::sync::watch;
 
 use super::find;
-use super::terminal;
+use super::output::Format;
+use super::terminal::{self, Given, Output, SIGNALLED, Signals};
+use crate::clock;
 use crate::config::Config;
-use crate::cri::convert::security;
-use crate::cri::proto::LinuxContainerSecurityContext;
+use crate::defaults::{self, Changes};
 use crate::image::{Image, PullProgress, Store};
 use crate::network::{Network, NetworkConfig};
-use crate::pod::{CoreConfig, Pods};
+use crate::pod::{CoreConfig, PodState, Pods};
+use crate::scratch;
 use crate::spawner::Spawner;
-use crate::spec::{ContainerSpec, NetworkSource, PodIdentity, PodSpec, ProcessSpec, Resources, Rootfs};
+use crate::spec::{ContainerSpec, NetworkSource, PidNamespace, PodIdentity, PodSpec, ProcessSpec, Resources, Rootfs};
 
 /// CFS period that a CPU limit is counted in, in µs.
 const CPU_PERIOD: u64 = 100_000;
 
 /// What a container that does not stop by itself is given at the end.
 const GRACE: Duration = Duration::from_secs(2);
+
+/// How soon the end of a pod's VM is known after that of its connections.
+const NOTICE_LIMIT: Duration = Duration::from_secs(2);
+
+/// Between two looks at something that may have happened.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
+/// Begins the name of a run's directory that is not locked yet.
+const NEW: &str = ".new-";
 
 /// Run an image in a pod of its own, in the foreground
 #[derive(Args, Debug)]
@@ -37,8 +50,11 @@ pub(super) struct Run {
     #[arg(short, long)]
     interactive: bool,
     /// Give the container a terminal.
-    #[arg(short, long)]
+    #[arg(short, long, conflicts_with = "output")]
     tty: bool,
+    /// As JSON: exit code and output in one document, at the end.
+    #[arg(short, long, value_enum, default_value_t, hide_default_value = true)]
+    output: Format,
     /// Name of the pod; the image's by default.
     #[arg(long)]
     name: Option<String>,
@@ -82,28 +98,56 @@ enum NetworkChoice {
 impl Run {
     /// Runs the container to its end and returns its exit code. `spawner` is from before the first thread.
     pub(super) async fn run(&self, config: &Config, spawner: Spawner) -> Result<i32> {
+        let mut signals = Signals::listen()?;
         let images = Store::open(&config.image_dir, config.store())?;
-        let core = own_core(config)?;
+        let image = tokio::select! {
+            image = self.image(&images) => image?,
+            signal = signals.next() => return Ok(SIGNALLED + signal),
+        };
+        let core = OwnCore::claim(config)?;
         let network = NetworkConfig { state_dir: core.config.state_dir.clone(), ..config.network() };
-        let pods = Pods::open(core.config.clone(), spawner, images.clone(), Network::new(network)).await?;
+        let pods = Pods::open(core.config.clone(), spawner, images, Network::new(network)).await?;
         // What a run that was killed here left: its record said so, and nobody needs it now.
         for pod in pods.pods() {
             pods.remove_pod(&pod.id).await?;
         }
-        let image = self.image(&images).await?;
-        let pod = pods.run_pod(self.pod_spec()).await?;
-        let code = self.container(&pods, &pod, &image).await;
+        let code = self.pod(&pods, &image, &mut signals).await;
+        // One that could not be removed keeps its record, by which the next run tries again.
+        if pods.pods().is_empty() {
+            drop(pods);
+            core.release();
+        }
+        code
+    }
+
+    async fn pod(&self, pods: &Pods, image: &Image, signals: &mut Signals) -> Result<i32> {
+        let spec = self.container_spec(image)?;
+        let mut starting = std::pin::pin!(pods.run_pod(self.pod_spec()));
+        let (pod, signal) = tokio::select! {
+            pod = &mut starting => (pod?, None),
+            // A start cannot be cut short, but it can be taken back.
+            signal = signals.next() => (starting.await?, Some(signal)),
+        };
+        let code = match signal {
+            None => self.container(pods, &pod, spec, signals).await,
+            Some(signal) => Ok(SIGNALLED + signal),
+        };
         pods.remove_pod(&pod).await?;
         code
     }
 
-    async fn container(&self, pods: &Pods, pod: &str, image: &Image) -> Result<i32> {
-        let id = pods.create_container(pod, self.container_spec(image)?).await?;
-        let mut session = pods.attach(&id, self.interactive).await?;
+    async fn container(&self, pods: &Pods, pod: &str, spec: ContainerSpec, signals: &mut Signals) -> Result<i32> {
+        let id = pods.create_container(pod, spec).await?;
+        let session = pods.attach(&id, self.interactive).await?;
         pods.start_container(&id).await?;
-        let code = terminal::pump(&mut session, self.interactive, self.tty).await;
+        let (given, mut output) = (Given { stdin: self.interactive, terminal: self.tty }, Output::of(self.output));
+        let code = match terminal::pump(session, given, signals, &mut output).await {
+            Ok(code) => code,
+            Err(error) => return Err(why_ended(pods, pod).await.unwrap_or(error)),
+        };
         pods.stop_container(&id, GRACE).await?;
-        code
+        output.finish(code)?;
+        Ok(code)
     }
 
     async fn image(&self, images: &Store) -> Result<Image> {
@@ -123,13 +167,24 @@ impl Run {
         Ok(image?)
     }
 
-    fn pod_spec(&self) -> PodSpec {
-        let name = self.name.clone().unwrap_or_else(|| {
+    /// The pod's name: what was asked for, or the last part of the image's.
+    fn name(&self) -> String {
+        self.name.clone().unwrap_or_else(|| {
             let last = self.image.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
-            last.split([':', '@', '.']).next().unwrap_or("run").to_owned()
-        });
+            let name = last.split([':', '@', '.']).next().unwrap_or_default();
+            if name.is_empty() { "run".to_owned() } else { name.to_owned() }
+        })
+    }
+
+    fn pod_spec(&self) -> PodSpec {
         PodSpec {
-            identity: PodIdentity { name, namespace: "run".into(), uid: std::process::id().to_string(), attempt: 0 },
+            identity: PodIdentity {
+                name: self.name(),
+                namespace: "run".into(),
+                uid: std::process::id().to_string(),
+                attempt: 0,
+            },
+            share_pid_namespace: true,
             resources: self.resources(),
             network: match self.network {
                 NetworkChoice::Cni => NetworkSource::Cni,
@@ -155,77 +210,129 @@ impl Run {
         if args.is_empty() {
             bail!("{} names no command: give one after the image", self.image);
         }
-        let context = LinuxContainerSecurityContext { privileged: self.privileged, ..Default::default() };
-        let (masked_paths, readonly_paths) = security::paths(&context);
-        let mut env = config.env.clone();
-        env.extend(self.env.iter().cloned());
-        if self.tty {
-            env.push(format!("TERM={}", std::env::var("TERM").unwrap_or_else(|_| "xterm".into())));
+        let mut env = self.env.clone();
+        if let (true, Ok(term)) = (self.tty, std::env::var("TERM")) {
+            env.insert(0, format!("TERM={term}"));
         }
+        let hidden = |paths: fn() -> Vec<String>| if self.privileged { Vec::new() } else { paths() };
+        let capabilities =
+            if self.privileged { defaults::all_capabilities() } else { defaults::capabilities(&Changes::default())? };
         Ok(ContainerSpec {
             name: "main".into(),
             rootfs: Rootfs::Image(image.id.clone()),
             process: ProcessSpec {
                 args,
-                env,
+                env: defaults::env(&config.env, &env, &self.name(), self.tty),
                 cwd: self.workdir.clone().unwrap_or_else(|| config.cwd.clone()),
                 user: self.user.clone().unwrap_or_else(|| config.user.clone()),
                 merge_image_groups: true,
                 terminal: self.tty,
-                capabilities: security::capabilities(&context)?,
+                capabilities,
                 ..ProcessSpec::default()
             },
             resources: self.resources(),
             stdin: self.interactive,
             stdin_once: true,
+            // So that the command is not PID 1, which a signal without a handler leaves alone (pid_namespaces(7)).
+            pid_namespace: PidNamespace::Pod,
             privileged: self.privileged,
-            masked_paths,
-            readonly_paths,
+            masked_paths: hidden(defaults::masked_paths),
+            readonly_paths: hidden(defaults::readonly_paths),
             stop_signal: libc::SIGTERM,
-            labels: BTreeMap::new(),
             ..ContainerSpec::default()
         })
+    }
+}
+
+/// Why a pod is not ready, if it is not: what its container's session knows only by its end.
+async fn why_ended(pods: &Pods, pod: &str) -> Option<anyhow::Error> {
+    let deadline = Instant::now() + NOTICE_LIMIT;
+    loop {
+        let status = pods.pod(pod).ok()?;
+        if status.state == PodState::NotReady {
+            return Some(anyhow!("the pod has ended: {}", status.message));
+        }
+        if Instant::now() > deadline {
+            return None;
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
     }
 }
 
 /// A core's configuration, and the lock that keeps others off its directory while this lives.
 struct OwnCore {
     config: CoreConfig,
-    directory: PathBuf,
     _lock: File,
 }
 
-impl Drop for OwnCore {
-    fn drop(&mut self) {
+impl OwnCore {
+    /// Takes over the directory of a run that was killed, or makes one.
+    fn claim(config: &Config) -> Result<Self> {
+        let runs = find::runs_dir(config);
+        fs::create_dir_all(&runs).with_context(|| format!("making {} (run as root)", runs.display()))?;
+        let left = fs::read_dir(&runs)?.flatten().map(|entry| entry.path()).filter(|path| !is_new(path));
+        for directory in left {
+            if let Some(lock) = lock(&directory)? {
+                return Self::at(config, &directory, lock);
+            }
+        }
+        // No other process has this name, and one of an earlier process that had this number was not free.
+        let fresh = runs.join(format!("{NEW}{}", std::process::id()));
+        fs::create_dir_all(&fresh)?;
+        let lock = lock(&fresh)?.context("a directory of this process alone is locked")?;
+        let number = clock::realtime_ns();
+        let directory = runs.join(format!("{}-{number}", std::process::id()));
+        // Others see it from here on, and find it locked.
+        fs::rename(&fresh, &directory)?;
+        Self::at(config, &directory, lock)
+    }
+
+    fn at(config: &Config, directory: &Path, lock: File) -> Result<Self> {
+        let shared = &config.core;
+        let name = Path::new(directory.file_name().unwrap_or_default());
+        let scratch_dir = shared.scratch_dir.join("run").join(name);
+        fs::create_dir_all(&scratch_dir)?;
+        // Made once for all, since that takes longer than all the rest.
+        let template = scratch::template(&shared.scratch_dir, shared.scratch_bytes)?;
+        let linked = fs::hard_link(&template, scratch_dir.join(template.file_name().unwrap_or_default()));
+        linked.or_else(|error| if error.kind() == io::ErrorKind::AlreadyExists { Ok(()) } else { Err(error) })?;
+        let config = CoreConfig {
+            state_dir: directory.to_owned(),
+            scratch_dir,
+            // Each sweeps what is in its own, the daemon and every run.
+            cgroup_parent: format!("{}/run/{}", shared.cgroup_parent.trim_end_matches('/'), name.display()),
+            ..shared.clone()
+        };
+        Ok(Self { config, _lock: lock })
+    }
+
+    /// Removes the directories, of which nothing is needed any more.
+    fn release(self) {
         // Best effort: the next run takes over what cannot be removed now.
-        let _ = fs::remove_dir_all(&self.directory);
+        let _ = fs::remove_dir(self.config.cgroup_root.join(self.config.cgroup_parent.trim_start_matches('/')));
+        let _ = fs::remove_dir_all(&self.config.scratch_dir);
+        let _ = fs::remove_dir_all(&self.config.state_dir);
     }
 }
 
-/// Takes over a directory that no run uses any more, or makes one.
-fn own_core(config: &Config) -> Result<OwnCore> {
-    let runs = find::runs_dir(config);
-    let fresh = runs.join(std::process::id().to_string());
-    let left = fs::read_dir(&runs).into_iter().flatten().flatten().map(|entry| entry.path());
-    for directory in left.chain([fresh]) {
-        fs::create_dir_all(&directory).with_context(|| format!("making {} (run as root)", directory.display()))?;
-        let lock = File::create(directory.join("lock"))?;
-        match lock.try_lock() {
-            Ok(()) => {
-                let config = CoreConfig {
-                    state_dir: directory.clone(),
-                    scratch_dir: config.core.scratch_dir.join("run").join(directory.file_name().unwrap_or_default()),
-                    // Not the daemon's: each sweeps what is in its own.
-                    cgroup_parent: format!("{}/run", config.core.cgroup_parent.trim_end_matches('/')),
-                    ..config.core.clone()
-                };
-                return Ok(OwnCore { config, directory, _lock: lock });
-            }
-            Err(TryLockError::WouldBlock) => {}
-            Err(TryLockError::Error(error)) => return Err(error.into()),
-        }
+fn is_new(path: &Path) -> bool {
+    path.file_name().and_then(OsStr::to_str).is_none_or(|name| name.starts_with(NEW))
+}
+
+/// Locks a run's directory; `None` if another run has it, or has just removed it.
+fn lock(directory: &Path) -> Result<Option<File>> {
+    let path = directory.join("lock");
+    let lock = match File::create(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        lock => lock.with_context(|| format!("opening {}", path.display()))?,
+    };
+    match lock.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Ok(None),
+        Err(TryLockError::Error(error)) => return Err(error).with_context(|| format!("locking {}", path.display())),
     }
-    bail!("every directory under {} is in use", runs.display())
+    let same = fs::metadata(&path).ok().map(|data| data.ino()) == Some(lock.metadata()?.ino());
+    Ok(same.then_some(lock))
 }
 
 /// A bar on standard error until the pull ends.
@@ -233,6 +340,7 @@ async fn show_progress(image: String, mut progress: watch::Receiver<PullProgress
     let style = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {eta}");
     let bar = ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     bar.set_message(image);
+    bar.tick();
     while progress.changed().await.is_ok() {
         let now = progress.borrow_and_update().clone();
         bar.set_length(now.layers.iter().map(|layer| layer.total).sum());

@@ -125,6 +125,7 @@ fn code(error: &image::Error) -> Code {
         image::Error::Reference(_) => Code::InvalidArgument,
         image::Error::Pull(_, Registry::NotFound { .. }) => Code::NotFound,
         image::Error::Pull(_, Registry::Denied { .. }) => Code::PermissionDenied,
+        image::Error::Pull(_, Registry::Manifest(..)) => Code::FailedPrecondition,
         image::Error::Pull(..) => Code::Unavailable,
         image::Error::Unpack(..) | image::Error::Import(_) => Code::FailedPrecondition,
         image::Error::DiskFull(..) => Code::ResourceExhausted,

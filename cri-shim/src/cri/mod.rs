@@ -3,7 +3,8 @@
 //! What a call means is in [`convert`]; what it does is in [`crate::pod`] and [`crate::image`]. Nothing here owns
 //! state, waits for a VM or knows what a guest is.
 
-pub(crate) mod convert;
+mod convert;
+mod deadline;
 mod image;
 mod readiness;
 mod runtime;
@@ -20,6 +21,7 @@ use crate::image::Store;
 use crate::network::Network;
 use crate::pod::Pods;
 use crate::streaming::Streaming;
+use deadline::Deadline;
 use proto::image_service_server::ImageServiceServer;
 use proto::runtime_service_server::RuntimeServiceServer;
 
@@ -58,6 +60,7 @@ pub async fn serve(
     let runtime = RuntimeServiceServer::new(node.clone());
     let images = ImageServiceServer::new(node);
     tonic::transport::Server::builder()
+        .layer(tower::layer::layer_fn(Deadline))
         .add_service(runtime.max_decoding_message_size(MESSAGE_LIMIT).max_encoding_message_size(MESSAGE_LIMIT))
         .add_service(images.max_decoding_message_size(MESSAGE_LIMIT).max_encoding_message_size(MESSAGE_LIMIT))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), shutdown)

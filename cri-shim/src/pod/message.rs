@@ -157,7 +157,7 @@ pub(super) fn resources(resources: &Resources) -> v1::Resources {
 
 /// A process beside a container's own: as that, with other arguments and terminal. What is left out the agent takes
 /// from the container.
-pub(super) fn exec_process(spec: &ContainerSpec, args: Vec<String>, terminal: bool) -> v1::Process {
+pub(crate) fn exec_process(spec: &ContainerSpec, args: Vec<String>, terminal: bool) -> v1::Process {
     let (env, cwd) = (spec.process.env.clone(), spec.process.cwd.clone());
     v1::Process { args, env, cwd, terminal, ..v1::Process::default() }
 }

@@ -22,7 +22,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{broadcast, watch};
+use tokio::sync::{broadcast, oneshot, watch};
 use vmm_control::{Command, Reply};
 
 pub use config::{CoreConfig, PodDir};
@@ -39,6 +39,8 @@ use crate::network::Network;
 use crate::spawner::Spawner;
 use crate::spec::{ContainerSpec, PodSpec, Resources};
 use table::{Pod, Table};
+
+pub(crate) use message::exec_process;
 
 /// How long a container may take to be gone after SIGKILL.
 const KILL_LIMIT: Duration = Duration::from_secs(30);
@@ -72,30 +74,36 @@ impl Pods {
         self.context.spawner.alive()
     }
 
-    /// Starts a pod and returns its id once its agent is configured; on failure nothing is left of it.
+    /// Starts a pod and returns its id once its agent is configured; on failure nothing is left of it. A caller that
+    /// hangs up before that leaves nothing either, since it has no id to remove the pod by.
     pub async fn run_pod(&self, spec: PodSpec) -> Result<String> {
         let id = new_id()?;
         self.table.reserve(&id, &spec.identity)?;
-        let (context, table, name) = (Arc::clone(&self.context), self.table.clone(), id.clone());
-        let shared = Arc::clone(&self.context);
-        let started = tokio::spawn(async move {
-            let started = start::start(context, name.clone(), spec).await;
-            match started {
+        let (pods, name) = (self.clone(), id.clone());
+        let (answer, started) = oneshot::channel();
+        tokio::spawn(async move {
+            let done = match start::start(Arc::clone(&pods.context), name.clone(), spec).await {
                 Ok(owner) => {
                     let status = owner.watch().borrow().clone();
-                    table.adopt(owner);
+                    pods.table.adopt(owner);
                     for kind in [EventKind::Created, EventKind::Started] {
-                        shared.events.tell_one(name.clone(), kind, &status);
+                        pods.context.events.tell_one(name.clone(), kind, &status);
                     }
                     Ok(())
                 }
                 Err(error) => {
-                    table.remove(&name);
+                    pods.table.remove(&name);
                     Err(error)
+                }
+            };
+            if let Err(Ok(())) = answer.send(done) {
+                tracing::info!(pod = name, "nobody waits for the pod any more, so it is removed");
+                if let Err(error) = pods.remove_pod(&name).await {
+                    tracing::warn!(pod = name, %error, "a pod that nobody waits for is not quite gone");
                 }
             }
         });
-        started.await.unwrap_or_else(|error| Err(Error::Internal(format!("starting the pod failed: {error}"))))?;
+        started.await.map_err(|_| Error::Internal("starting the pod failed".into()))??;
         Ok(id)
     }
 

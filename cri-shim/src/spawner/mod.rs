@@ -3,8 +3,8 @@
 //! The daemon forks it before it has a second thread, because fork and threads do not mix; so it must be the first
 //! thing in `main`. It owns no state that matters: if the daemon dies it ends, and the VMMs live on.
 
+mod message;
 mod process;
-mod wire;
 
 use std::collections::HashMap;
 use std::fs;
@@ -15,12 +15,13 @@ use nix::unistd::{ForkResult, fork};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot};
+use vmm_control::wire;
 
 use crate::error::{Error, IoContext, Result};
 use crate::watched::watch;
-use wire::{Report, Request};
+use message::{LIMITS, Report, Request};
 
-pub use wire::Ended;
+pub use message::Ended;
 
 /// Requests that may wait for the spawner.
 const QUEUE: usize = 64;
@@ -150,7 +151,7 @@ impl Conversation {
         let request = Request { id, targets: program.fds.iter().map(|(number, _)| *number).collect() };
         let mut fds = vec![program.binary.as_raw_fd(), program.cgroup.as_raw_fd()];
         fds.extend(program.fds.iter().map(|(_, fd)| fd.as_raw_fd()));
-        let send = |socket: &OwnedFd| wire::send(socket.as_fd(), &request, &fds);
+        let send = |socket: &OwnedFd| wire::send(socket.as_fd(), LIMITS, &request, &fds);
         match self.socket.async_io(Interest::WRITABLE, send).await {
             Ok(()) => drop(self.waiting.insert(id, answer)),
             Err(error) => drop(answer.send(Err(Error::io("asking the spawner", &error)))),
@@ -179,5 +180,5 @@ impl Conversation {
 }
 
 async fn receive(socket: &AsyncFd<OwnedFd>) -> std::io::Result<Option<(Report, Vec<OwnedFd>)>> {
-    socket.async_io(Interest::READABLE, |socket| wire::recv(socket.as_fd())).await
+    socket.async_io(Interest::READABLE, |socket| wire::recv(socket.as_fd(), LIMITS)).await
 }

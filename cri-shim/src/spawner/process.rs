@@ -16,8 +16,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::{chdir, pipe2, pivot_root, setsid};
+use vmm_control::wire;
 
-use super::wire::{self, Ended, Report, Request};
+use super::message::{Ended, LIMITS, Report, Request};
 
 /// Any directory that every host has; in our own mount namespace the empty root is mounted over it.
 const ROOT_AT: &str = "/proc";
@@ -75,7 +76,7 @@ fn serve(socket: &OwnedFd) -> io::Result<()> {
             tell(socket, &Report::Ended { pid: child.pid, ended }, &[])?;
         }
         if asked {
-            let Some((request, fds)) = wire::recv::<Request>(socket.as_fd())? else { return Ok(()) };
+            let Some((request, fds)) = wire::recv::<Request>(socket.as_fd(), LIMITS)? else { return Ok(()) };
             match spawn(&request, fds) {
                 Ok(child) => {
                     let report = Report::Started { id: request.id, pid: child.pid };
@@ -90,7 +91,7 @@ fn serve(socket: &OwnedFd) -> io::Result<()> {
 
 /// A daemon that has just died is found out at the next receive.
 fn tell(socket: &OwnedFd, report: &Report, fds: &[RawFd]) -> io::Result<()> {
-    match wire::send(socket.as_fd(), report, fds) {
+    match wire::send(socket.as_fd(), LIMITS, report, fds) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         result => result,
     }

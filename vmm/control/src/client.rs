@@ -9,7 +9,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, set
 use nix::sys::time::TimeVal;
 use thiserror::Error;
 
-use crate::{Command, Event, Reply, wire};
+use crate::{Command, Reply, wire};
 
 /// Why a command had no answer.
 #[derive(Debug, Error)]
@@ -23,9 +23,6 @@ pub enum ClientError {
     /// The VMM closed the connection.
     #[error("the VMM has ended")]
     Closed,
-    /// The answer is of another kind than the command asks for.
-    #[error("the VMM gave an answer that does not fit the command")]
-    Unexpected,
 }
 
 /// A connection to a VMM's control socket.
@@ -45,36 +42,12 @@ impl Client {
         Ok(Self { socket })
     }
 
-    /// Carries out one command that has no answer but done or refused.
-    pub fn run(&self, command: &Command, fds: &[RawFd]) -> Result<(), ClientError> {
-        match self.ask(command, fds)? {
-            Reply::Done => Ok(()),
-            _ => Err(ClientError::Unexpected),
-        }
-    }
-
     /// Carries out one command and returns its answer, a refusal as an error.
     pub fn ask(&self, command: &Command, fds: &[RawFd]) -> Result<Reply, ClientError> {
-        wire::send(self.socket.as_fd(), command, fds)?;
-        match self.receive()? {
-            Reply::Refused { reason } => Err(ClientError::Refused(reason)),
-            reply => Ok(reply),
+        wire::send(self.socket.as_fd(), wire::CONTROL, command, fds)?;
+        match wire::recv(self.socket.as_fd(), wire::CONTROL)?.ok_or(ClientError::Closed)? {
+            (Reply::Refused { reason }, _) => Err(ClientError::Refused(reason)),
+            (reply, _) => Ok(reply),
         }
-    }
-
-    /// Subscribes and returns the events, those of the past first; ends when the VMM does or a receive times out.
-    pub fn events(self) -> Result<impl Iterator<Item = Result<Event, ClientError>>, ClientError> {
-        self.run(&Command::Subscribe, &[])?;
-        Ok(std::iter::from_fn(move || match self.receive() {
-            Ok(Reply::Event(event)) => Some(Ok(event)),
-            Ok(_) => Some(Err(ClientError::Unexpected)),
-            Err(ClientError::Closed) => None,
-            Err(error) => Some(Err(error)),
-        }))
-    }
-
-    fn receive(&self) -> Result<Reply, ClientError> {
-        let (reply, _) = wire::recv(self.socket.as_fd())?.ok_or(ClientError::Closed)?;
-        Ok(reply)
     }
 }

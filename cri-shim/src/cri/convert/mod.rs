@@ -8,7 +8,7 @@ mod filter;
 mod pod;
 mod process;
 mod resources;
-pub(crate) mod security;
+mod security;
 mod signal;
 mod stats;
 mod status;

@@ -3,12 +3,10 @@
 use super::invalid;
 use super::security::{capabilities, seccomp};
 use crate::cri::proto::{ContainerConfig, LinuxContainerSecurityContext, SupplementalGroupsPolicy};
+use crate::defaults;
 use crate::error::Result;
 use crate::image::ImageConfig;
 use crate::spec::ProcessSpec;
-
-/// For images that set none.
-const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 pub(super) fn process(
     config: &ContainerConfig,
@@ -53,21 +51,9 @@ fn args(config: &ContainerConfig, image: &ImageConfig) -> Result<Vec<String>> {
     Ok(args)
 }
 
-/// Later settings of a name replace earlier ones: ours, the image's, the container's.
 fn env(config: &ContainerConfig, image: &ImageConfig, hostname: &str) -> Vec<String> {
-    let mut env: Vec<String> = vec![PATH.to_owned(), format!("HOSTNAME={hostname}")];
-    if config.tty {
-        env.push("TERM=xterm".to_owned());
-    }
-    let asked = config.envs.iter().map(|pair| format!("{}={}", pair.key, pair.value));
-    for pair in image.env.iter().cloned().chain(asked) {
-        let name = |pair: &str| pair.split('=').next().unwrap_or_default().to_owned();
-        match env.iter_mut().find(|known| name(known) == name(&pair)) {
-            Some(known) => *known = pair,
-            None => env.push(pair),
-        }
-    }
-    env
+    let asked: Vec<String> = config.envs.iter().map(|pair| format!("{}={}", pair.key, pair.value)).collect();
+    defaults::env(&image.env, &asked, hostname, config.tty)
 }
 
 /// User and, where it is asked for by number, group. A name goes before a number, and both before the image's.
@@ -139,7 +125,7 @@ mod tests {
             ContainerConfig { envs: vec![pair("A", "2"), pair("B", "x=y"), pair("B", "")], ..Default::default() };
         assert_eq!(env(&config, &image(), "h"), ["PATH=/image", "HOSTNAME=h", "A=2", "B="]);
         let terminal = ContainerConfig { tty: true, ..Default::default() };
-        assert_eq!(env(&terminal, &ImageConfig::default(), "h"), [PATH, "HOSTNAME=h", "TERM=xterm"]);
+        assert_eq!(env(&terminal, &ImageConfig::default(), "h"), [defaults::PATH, "HOSTNAME=h", "TERM=xterm"]);
     }
 
     #[test]
