@@ -11,7 +11,7 @@ STATIC_BIN := target/$(TARGET)/release
 ROOT := target/root
 LAB := tests/lab/lab
 
-.PHONY: demo test test-all test-host test-lab conformance bench build install lint setup programs static-programs kernel initrd clean
+.PHONY: demo test test-all test-host test-lab lab-a lab-b conformance bench build install lint setup programs static-programs kernel initrd clean
 
 ## What is built
 
@@ -55,33 +55,47 @@ demo: $(ROOT)
 
 test: lint test-host test-lab
 
-# What takes longer: the lab's own test, kills at every moment, many pods.
+# What takes longer.
 test-all: test
 	tests/lab/selftest
-	$(call in_lab,kill)
-	$(call in_lab,many)
+	$(call in_lab,pericarp-tests,$(LAB_TESTS_SLOW))
 
 lint:
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	cargo_deny=$$(tests/cargo-tool cargo-deny 0.20.2) && $$cargo_deny --offline check --hide-inclusion-graph bans licenses sources
 
+# The agent's own integration tests want every cgroup controller, which only the lab is sure to have.
 test-host: setup
-	cargo test --locked --workspace --exclude pericarp-tests
+	cargo test --locked --workspace --exclude pericarp-tests --exclude pericarp-init
+	cargo test --locked -p pericarp-init --bins
 	cargo test --locked -p pericarp-tests --test architecture
 
-# Cargo runs each test binary through the lab; two labs side by side use both cores.
-LAB_TESTS_A := pod
+# Two labs side by side use both cores.
+LAB_TESTS_A := pod cli
 LAB_TESTS_B := bad_input streaming
-in_lab = CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='$(CURDIR)/$(LAB) --timeout 2400 --' cargo test --locked -p pericarp-tests \
-	$(addprefix --test ,$(1)) -- --test-threads 1 --nocapture
+LAB_TESTS_SLOW := many
+
+# $(call in_lab,PACKAGE,TESTS): cargo runs each test binary through the lab.
+in_lab = CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='$(CURDIR)/$(LAB) --timeout 2400 --' cargo test --locked -p $(1) \
+	$(addprefix --test ,$(2)) -- --test-threads 1 --nocapture
+LIB := $(CURDIR)/$(ROOT)/usr/lib/pericarp
+IN_GUEST := PERICARP_VMM=$(LIB)/pericarp-vmm PERICARP_KERNEL=$(LIB)/vmlinux PERICARP_INITRD=$(LIB)/initrd
 
 test-lab: $(ROOT)
 	tests/lab/images >/dev/null
 	tests/lab/go-tools crictl >/dev/null
-	cargo test --locked -p pericarp-tests --no-run
-	$(call in_lab,$(LAB_TESTS_A)) & a=$$!; $(call in_lab,$(LAB_TESTS_B)) & b=$$!; \
-	failed=0; wait $$a || failed=1; wait $$b || failed=1; exit $$failed
+	cargo test --locked -p pericarp-tests -p pericarp-init --no-run
+	$(MAKE) --no-print-directory --keep-going --jobs 2 lab-a lab-b
+
+lab-a:
+	$(call in_lab,pericarp-tests,$(LAB_TESTS_A))
+
+# The agent runs in namespaces of the lab, whose cgroups and disks can be looked at, and in a guest, which is the real thing.
+lab-b:
+	$(call in_lab,pericarp-tests,$(LAB_TESTS_B))
+	$(call in_lab,pericarp-init,containers sessions)
+	$(IN_GUEST) $(call in_lab,pericarp-init,containers sessions)
 
 # Kubernetes' own suite for container runtimes, all of it: most of an hour in the lab. FLAGS go to tests/conformance/run.
 conformance: $(ROOT)

@@ -2,11 +2,19 @@
 //!
 //! Each file under `tests/` is run inside the lab by `make test`; outside of it a test fails and says so.
 
+mod client;
+mod front;
 mod inventory;
+mod late;
 mod node;
+mod terminal;
 
+pub use client::Client;
+pub use front::{Fault, Front};
 pub use inventory::Inventory;
-pub use node::{Call, Node, wait_until};
+pub use late::status_of;
+pub use node::{Call, Node, Settings, wait_until};
+pub use terminal::Terminal;
 
 /// The images that `tests/lab/images` makes, by the names under which tests pull them.
 pub mod image {
@@ -14,4 +22,6 @@ pub mod image {
     pub const BUSYBOX: &str = "registry.k8s.io/e2e-test-images/busybox:1.29-2";
     /// Debian's nginx, port 80.
     pub const NGINX: &str = "registry.k8s.io/e2e-test-images/nginx:1.14-2";
+    /// A few KiB.
+    pub const SMALL: &str = "registry.k8s.io/pause:3.9";
 }

@@ -13,10 +13,10 @@ use serde_json::{Value, json};
 use crate::Inventory;
 
 /// Longest wait for anything that is bound to happen, in the lab.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Between two looks at something that may have happened.
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
+pub(crate) const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// Looks until `done` says yes; panics with `what` if it never does.
 pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
@@ -69,6 +69,27 @@ impl Call {
     }
 }
 
+/// What a test's node has otherwise than the others.
+#[derive(Debug)]
+pub struct Settings {
+    /// Lines of the configuration before its sections.
+    pub keys: String,
+    /// The image store.
+    pub image_dir: PathBuf,
+    /// URL before every registry.
+    pub mirror: String,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            keys: String::new(),
+            image_dir: "/var/lib/pericarp/images".into(),
+            mirror: "http://127.0.0.1:5000".into(),
+        }
+    }
+}
+
 /// A node under test. Dropping it ends the daemon and, first, every pod.
 #[derive(Debug)]
 pub struct Node {
@@ -76,11 +97,17 @@ pub struct Node {
     daemon: Option<Child>,
     crictl: PathBuf,
     root: PathBuf,
+    image_dir: PathBuf,
 }
 
 impl Node {
     /// Starts the registry if it does not run, and the daemon.
     pub fn start() -> Self {
+        Self::start_with(&Settings::default())
+    }
+
+    /// As [`Node::start`], with settings of the test's own.
+    pub fn start_with(settings: &Settings) -> Self {
         assert!(std::env::var_os("LAB").is_some(), "this test needs the lab: run it by `make test-lab`");
         let here = Path::new(env!("CARGO_MANIFEST_DIR"));
         run(Command::new(here.join("lab/registry")).arg("start")).ok();
@@ -88,30 +115,37 @@ impl Node {
         let tools = tools.lines().last().expect("go-tools prints a directory").to_owned();
         let directory = PathBuf::from("/run/pericarp-test");
         fs::create_dir_all(directory.join("log")).expect("/run is writable");
-        let root = here.join("../target/root").canonicalize().expect("`make install-test` has filled target/root");
-        let mut node = Self { directory, daemon: None, crictl: Path::new(&tools).join("crictl"), root };
-        node.configure();
+        let root = here.join("../target/root").canonicalize().expect("`make test-lab` has filled target/root");
+        let crictl = Path::new(&tools).join("crictl");
+        let mut node = Self { directory, daemon: None, crictl, root, image_dir: settings.image_dir.clone() };
+        node.configure(settings);
         node.start_daemon();
         node
     }
 
-    fn configure(&self) {
+    fn configure(&self, settings: &Settings) {
         let cni = self.directory.join("cni");
         fs::create_dir_all(&cni).expect("the test's directory is writable");
         let conflist = self.root.join("etc/cni/net.d/10-pericarp.conflist");
         fs::copy(conflist, cni.join("10-pericarp.conflist")).expect("the conflist is installed");
-        let mirror = "http://127.0.0.1:5000";
         let mut config = format!(
-            "socket = \"{run}/pericarpd.sock\"\nstate_dir = \"{run}/state\"\nimage_dir = \"/var/lib/pericarp/images\"\n\
+            "socket = \"{run}/pericarpd.sock\"\nstate_dir = \"{run}/state\"\nimage_dir = \"{images}\"\n{keys}\n\
              vmm = \"{root}/usr/lib/pericarp/pericarp-vmm\"\nkernel = \"{root}/usr/lib/pericarp/vmlinux\"\n\
              initrd = \"{root}/usr/lib/pericarp/initrd\"\n\n[cni]\nconf_dir = \"{run}/cni\"\nbin_dirs = [\"/usr/lib/cni\"]\n",
             run = self.directory.display(),
             root = self.root.display(),
+            images = settings.image_dir.display(),
+            keys = settings.keys,
         );
         for host in ["registry.k8s.io", "gcr.io", "k8s.gcr.io", "docker.io"] {
-            config.push_str(&format!("\n[[registry]]\nhost = \"{host}\"\nmirrors = [\"{mirror}\"]\n"));
+            config.push_str(&format!("\n[[registry]]\nhost = \"{host}\"\nmirrors = [\"{}\"]\n", settings.mirror));
         }
         fs::write(self.config(), config).expect("the test's directory is writable");
+    }
+
+    /// Where all of the test's own files are.
+    pub fn directory(&self) -> &Path {
+        &self.directory
     }
 
     /// The daemon's configuration file.
@@ -127,6 +161,23 @@ impl Node {
     /// Where containers' logs go.
     pub fn log_directory(&self) -> PathBuf {
         self.directory.join("log")
+    }
+
+    /// The daemon's socket.
+    pub fn socket(&self) -> PathBuf {
+        self.directory.join("pericarpd.sock")
+    }
+
+    /// A `pericarp` to run, with this node's configuration.
+    pub fn pericarp_command(&self) -> Command {
+        let mut command = Command::new(self.program("pericarp"));
+        command.arg("--config").arg(self.config());
+        command
+    }
+
+    /// Runs `pericarp`.
+    pub fn pericarp<'a>(&self, arguments: impl IntoIterator<Item = &'a str>) -> Call {
+        run(self.pericarp_command().args(arguments))
     }
 
     /// Starts the daemon and waits until it answers.
@@ -252,11 +303,7 @@ impl Node {
     /// The pod's VMM.
     #[track_caller]
     pub fn vmm_pid(&self, pod: &str) -> Pid {
-        let inspected = run(Command::new(self.program("pericarp"))
-            .arg("--config")
-            .arg(self.config())
-            .args(["inspect", "-o", "json", pod]))
-        .json();
+        let inspected = self.pericarp(["inspect", "-o", "json", pod]).json();
         let pid = inspected["vmm_pid"].as_i64().unwrap_or_else(|| panic!("no vmm_pid in {inspected}"));
         Pid::from_raw(i32::try_from(pid).expect("a pid"))
     }
@@ -270,6 +317,11 @@ impl Node {
     /// Everything that pods could leave behind here; images stay.
     pub fn inventory(&self) -> Inventory {
         Inventory::take(&[&self.directory.join("state")])
+    }
+
+    /// As [`Node::inventory`], and the image store's files.
+    pub fn inventory_with_images(&self) -> Inventory {
+        Inventory::take(&[&self.directory.join("state"), &self.image_dir])
     }
 
     /// Stops and removes a pod.

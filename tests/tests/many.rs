@@ -2,11 +2,14 @@
 
 use std::fs;
 
-use pericarp_tests::Node;
+use pericarp_tests::{Client, Node};
 use serde_json::json;
 
 const AT_ONCE: usize = 10;
 const IN_TURN: usize = 100;
+
+/// After which the daemon has allocated what it keeps.
+const WARM_UP: usize = 5;
 
 /// Growth of the daemon that is put down to its allocator, over [`IN_TURN`] pods.
 const GROWTH_KIB: u64 = 4096;
@@ -55,16 +58,15 @@ fn ten_pods_start_at_once() {
 #[test]
 fn a_hundred_pods_in_turn_leave_the_daemon_as_it_was() {
     let node = Node::start();
-    for number in 0..5 {
-        let pod = node.run_pod(&format!("warm-{number}"), &json!({}));
-        node.remove_pod(&pod);
-    }
+    let mut client = Client::connect(&node.socket());
+    let mut turn = |number: usize| {
+        let pod = client.run_pod(&format!("turn-{number}"));
+        client.remove_pod(&pod);
+    };
+    (0..WARM_UP).for_each(&mut turn);
     let before = node.inventory();
     let (memory, open) = (resident_kib(node.daemon_pid()), descriptors(node.daemon_pid()));
-    for number in 0..IN_TURN {
-        let pod = node.run_pod(&format!("turn-{number}"), &json!({}));
-        node.remove_pod(&pod);
-    }
+    (0..IN_TURN).for_each(turn);
     let (memory_after, open_after) = (resident_kib(node.daemon_pid()), descriptors(node.daemon_pid()));
     println!("daemon: {memory} → {memory_after} KiB, {open} → {open_after} descriptors over {IN_TURN} pods");
     assert!(open_after <= open + 2, "{open} → {open_after} descriptors");

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::path::Path;
 use std::time::Duration;
 
 use pericarp_tests::{Node, image, wait_until};
@@ -85,24 +86,16 @@ fn a_pod_reaches_the_host() {
 }
 
 #[test]
-fn logs_are_in_the_kubelets_format_and_survive_rotation() {
+fn logs_are_in_the_kubelets_format() {
     let node = Node::start();
     node.crictl(["pull", image::BUSYBOX]).ok();
     let pod = node.run_pod("logs", &json!({}));
-    let script = "echo one; printf two >&2; sleep 1; i=0; while [ $i -lt 300 ]; do echo line-$i; i=$((i+1)); done; exec sleep 1000";
-    let container = node.run_container(&pod, "logs", "talker", image::BUSYBOX, &["sh", "-c", script]);
-    wait_until("the first line", || node.log("logs", "talker").contains("one"));
-    let log = node.log_directory().join("logs/talker.log");
-    fs::rename(&log, log.with_extension("log.1")).expect("the log is there");
-    node.crictl(["logs", "--tail", "1", &container]);
-    // crictl has no verb for it before `reopen` is asked for by name.
-    node.crictl(["logs", "-r", &container]);
-    wait_until("the last line", || {
-        let rotated = fs::read_to_string(log.with_extension("log.1")).unwrap_or_default();
-        (rotated + &node.log("logs", "talker")).contains("line-299")
-    });
-    let all = fs::read_to_string(log.with_extension("log.1")).expect("rotated") + &node.log("logs", "talker");
-    for line in all.lines() {
+    let script =
+        "echo one; printf two >&2; i=0; while [ $i -lt 300 ]; do echo line-$i; i=$((i+1)); done; exec sleep 1000";
+    node.run_container(&pod, "logs", "talker", image::BUSYBOX, &["sh", "-c", script]);
+    wait_until("the last line", || node.log("logs", "talker").contains("line-299"));
+    let log = node.log("logs", "talker");
+    for line in log.lines() {
         let mut words = line.splitn(4, ' ');
         let time = words.next().expect("a time");
         assert!(time.len() == 35 || time.ends_with('Z'), "{line}");
@@ -111,8 +104,42 @@ fn logs_are_in_the_kubelets_format_and_survive_rotation() {
         assert!(words.next().is_some(), "{line}");
     }
     for number in 0..300 {
-        assert_eq!(all.lines().filter(|line| line.ends_with(&format!(" line-{number}"))).count(), 1, "line-{number}");
+        assert_eq!(log.lines().filter(|line| line.ends_with(&format!(" line-{number}"))).count(), 1, "line-{number}");
     }
+    node.remove_pod(&pod);
+}
+
+/// Numbers at the ends of a log's lines, those of other lines left out.
+fn ticks(path: &Path) -> Vec<u32> {
+    let log = fs::read_to_string(path).unwrap_or_default();
+    log.split_inclusive('\n').filter_map(|line| line.trim_end().rsplit_once(" F tick-")?.1.parse().ok()).collect()
+}
+
+#[test]
+fn a_log_that_is_rotated_goes_on_in_the_new_file() {
+    let node = Node::start();
+    node.crictl(["pull", image::BUSYBOX]).ok();
+    let pod = node.run_pod("rotated", &json!({}));
+    let script = "i=0; while :; do echo tick-$i; i=$((i+1)); sleep 0.05; done";
+    let container = node.run_container(&pod, "rotated", "talker", image::BUSYBOX, &["sh", "-c", script]);
+    let log = node.log_directory().join("rotated/talker.log");
+    let rotated = log.with_extension("log.1");
+    wait_until("the first lines", || ticks(&log).len() > 5);
+    // As the kubelet does: rename, then ReopenContainerLog.
+    fs::rename(&log, &rotated).expect("the log is there");
+    let before = ticks(&rotated).len();
+    wait_until("more lines in the renamed file, which is still the log", || ticks(&rotated).len() > before);
+    assert!(!log.exists());
+    node.crictl(["logs", "--reopen", &container]).ok();
+    wait_until("lines in the new file", || ticks(&log).len() > 5);
+    let (old, new) = (ticks(&rotated), ticks(&log));
+    wait_until("yet more lines in the new file", || ticks(&log).len() > new.len() + 5);
+    assert_eq!(ticks(&rotated), old, "nothing is written to the old file any more");
+    let all: Vec<u32> = old.into_iter().chain(ticks(&log)).collect();
+    assert!(all.iter().copied().eq(0..u32::try_from(all.len()).expect("few")), "each line once, in order: {all:?}");
+    node.crictl(["stop", "--timeout", "0", &container]).ok();
+    let refused = node.crictl(["logs", "--reopen", "no-such-container"]).refused();
+    assert!(refused.contains("NotFound"), "{refused}");
     node.remove_pod(&pod);
 }
 

@@ -2,9 +2,6 @@
 
 mod common;
 
-use std::fs;
-use std::os::unix::net::UnixStream;
-
 use agent_protocol::v1::error::Kind;
 use agent_protocol::v1::{self, from_session, open, to_session};
 use agent_protocol::{OLDEST_VERSION, VERSION};
@@ -22,12 +19,6 @@ fn stdin(text: &str) -> to_session::Message {
     to_session::Message::Stdin(text.into())
 }
 
-/// Execs of a container that have not been taken away.
-fn execs(pod: &Pod, id: &str) -> usize {
-    let entries = fs::read_dir(pod.cgroup(id)).expect("cgroup").flatten();
-    entries.filter(|entry| entry.file_name().to_string_lossy().starts_with("exec-")).count()
-}
-
 #[test]
 fn an_exec_has_the_containers_surroundings_and_its_own_exit() {
     let mut pod = Pod::start();
@@ -42,7 +33,7 @@ fn an_exec_has_the_containers_surroundings_and_its_own_exit() {
     assert_eq!((out.as_str(), err.as_str()), ("33\nyes\n1\n0::/exec-\n", "oops\n"));
     let (exit, ..) = pod.exec("a", sh("kill -9 $$"), false).expect("opened").finish();
     assert_eq!((exit.code, exit.signal), (137, 9));
-    assert_eq!(execs(&pod, "a"), 0);
+    assert!(pod.has_no_execs("a"));
 }
 
 #[test]
@@ -57,7 +48,7 @@ fn an_exec_that_cannot_be_is_refused_with_a_reason() {
     assert!(nowhere.0 == Kind::CannotExec && nowhere.1.contains("/nowhere"), "{nowhere:?}");
     assert_eq!(refused("b", sh("true")).0, Kind::NotFound);
     pod.exec_sh("a", "true");
-    assert_eq!(execs(&pod, "a"), 0);
+    assert!(pod.has_no_execs("a"));
 }
 
 #[test]
@@ -103,7 +94,7 @@ fn what_an_exec_leaves_in_the_background_neither_holds_it_up_nor_dies() {
     // With its last process goes the cgroup.
     eventually("the end of its cgroups", || {
         pod.exec_sh("a", "true");
-        (execs(&pod, "a") == 0).then_some(())
+        pod.has_no_execs("a").then_some(())
     });
 }
 
@@ -211,7 +202,7 @@ fn an_attached_client_that_leaves_changes_nothing() {
 fn versions_are_agreed_or_refused_with_both_named() {
     let pod = Pod::boot();
     let hello = |port: u32, version: u32| {
-        let stream = UnixStream::connect(pod.socket(&format!("port-{port}"))).expect("connects");
+        let stream = pod.dial(port);
         agent_protocol::write(&stream, &v1::Hello { version, kernel: String::new() }).expect("hello");
         let theirs = agent_protocol::read::<v1::Hello>(&stream).expect("hello").expect("hello");
         assert_eq!(theirs.version, VERSION, "the refused one learns it too");

@@ -1,24 +1,24 @@
-//! A pod without a virtual machine: the agent as the first process of its own namespaces, on unix sockets, with a loop
-//! device for the pod disk. Everything but vsock and the guest's kernel is the real thing.
+//! A pod as its host sees it, on a machine of [`machine`]'s.
 //!
-//! Wants root, `unshare`, `losetup`, `mkfs.erofs`, `mkfs.ext4` and a static busybox.
+//! Wants root, every cgroup v2 controller, `unshare`, `losetup`, `partx`, `mkfs.erofs`, `mkfs.ext4` and a static busybox.
 
 #![allow(dead_code, reason = "each test program uses its own part")]
 
+mod machine;
+
 use std::collections::VecDeque;
-use std::fs::{self, File};
+use std::fs;
 use std::io::Read;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::symlink;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
+use agent_protocol::v1::{self, error::Kind, from_agent, from_session, open, reply, request, to_session};
 use nix::sys::socket::{MsgFlags, recv};
 
-use agent_protocol::v1::{self, error::Kind, from_agent, from_session, open, reply, request, to_session};
+use machine::Machine;
 
 /// Longest wait for anything.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -29,18 +29,6 @@ const IMAGE_AT: u64 = MIB;
 const SCRATCH_AT: u64 = 64 * MIB;
 const DISK: u64 = 320 * MIB;
 
-/// What the image is made of, beside busybox and its names.
-const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nweb:x:33:34::/var/www:/bin/sh\n";
-const GROUP: &str = "root:x:0:\nweb:x:34:\nlog:x:60:web\n";
-
-/// What stays behind if nobody takes it away.
-struct Machine {
-    directory: tempfile::TempDir,
-    loop_device: String,
-    cgroup: PathBuf,
-    agent: Option<Child>,
-}
-
 /// An agent and what was made for it.
 pub(crate) struct Pod {
     machine: Machine,
@@ -48,64 +36,6 @@ pub(crate) struct Pod {
     events: VecDeque<v1::ContainerExited>,
     last_id: u64,
     ports: u32,
-}
-
-fn run(program: &str, arguments: &[&str]) -> String {
-    let output = Command::new(program).args(arguments).output().unwrap_or_else(|error| panic!("{program}: {error}"));
-    assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8_lossy(&output.stdout).trim().to_owned()
-}
-
-/// An image with a shell, two users, a FIFO in an odd place and a link that leads out of it.
-fn make_image(directory: &Path) -> PathBuf {
-    let tree = directory.join("tree");
-    for path in ["bin", "etc", "root", "tmp", "var/www", "locked"] {
-        fs::create_dir_all(tree.join(path)).expect("directory");
-    }
-    fs::copy("/bin/busybox", tree.join("bin/busybox")).expect("a static busybox");
-    for applet in run("/bin/busybox", &["--list"]).lines().filter(|applet| *applet != "busybox") {
-        symlink("busybox", tree.join("bin").join(applet)).expect("link");
-    }
-    fs::write(tree.join("etc/passwd"), PASSWD).expect("passwd");
-    fs::write(tree.join("etc/group"), GROUP).expect("group");
-    fs::write(tree.join("etc/not-a-program"), "text").expect("file");
-    symlink("/etc/linked", tree.join("var/escape")).expect("link");
-    let image = directory.join("image.erofs");
-    run("mkfs.erofs", &["--quiet", image.to_str().expect("path"), tree.to_str().expect("path")]);
-    image
-}
-
-fn make_disk(directory: &Path) -> String {
-    let image = make_image(directory);
-    let disk = directory.join("disk");
-    let scratch = directory.join("scratch");
-    File::create(&scratch).expect("file").set_len(DISK - SCRATCH_AT).expect("size");
-    run("mkfs.ext4", &["-q", "-O", "^has_journal", scratch.to_str().expect("path")]);
-    File::create(&disk).expect("file").set_len(DISK).expect("size");
-    for (part, at) in [(&image, IMAGE_AT), (&scratch, SCRATCH_AT)] {
-        let (source, seek) = (format!("if={}", part.display()), format!("seek={}", at / MIB));
-        run("dd", &[&source, &format!("of={}", disk.display()), "bs=1M", &seek, "conv=notrunc,sparse", "status=none"]);
-    }
-    run("losetup", &["--show", "--find", "--partscan", disk.to_str().expect("path")])
-}
-
-/// A cgroup in which the agent is as if at the root of all.
-fn make_cgroup(name: &str) -> PathBuf {
-    let mounts = fs::read_to_string("/proc/self/mounts").expect("mounts");
-    let root = mounts.lines().find_map(|line| {
-        let mut words = line.split(' ');
-        let (target, kind) = (words.nth(1)?, words.next()?);
-        (kind == "cgroup2").then(|| PathBuf::from(target))
-    });
-    let root = root.expect("a cgroup2 hierarchy");
-    let controllers = fs::read_to_string(root.join("cgroup.controllers")).expect("controllers");
-    for controller in controllers.split_whitespace() {
-        // One that cannot be given leaves the tests that need it to say so.
-        drop(fs::write(root.join("cgroup.subtree_control"), format!("+{controller}")));
-    }
-    let cgroup = root.join(name);
-    fs::create_dir(&cgroup).expect("cgroup");
-    cgroup
 }
 
 pub(crate) fn image() -> v1::DiskRange {
@@ -128,12 +58,6 @@ pub(crate) fn eventually<T>(what: &str, mut check: impl FnMut() -> Option<T>) ->
     }
 }
 
-fn dial(path: &Path) -> UnixStream {
-    let stream = eventually("a connection", || UnixStream::connect(path).ok());
-    stream.set_read_timeout(Some(PATIENCE)).expect("time limit");
-    stream
-}
-
 fn greet(stream: &UnixStream) {
     agent_protocol::write(stream, &v1::Hello { version: agent_protocol::VERSION, kernel: String::new() })
         .expect("hello");
@@ -141,41 +65,11 @@ fn greet(stream: &UnixStream) {
     assert!(hello.version == agent_protocol::VERSION && !hello.kernel.is_empty());
 }
 
-impl Machine {
-    fn new() -> Self {
-        let directory = tempfile::tempdir().expect("directory");
-        let loop_device = make_disk(directory.path());
-        let unique = directory.path().file_name().expect("name").to_string_lossy().trim_start_matches('.').to_owned();
-        let cgroup = make_cgroup(&format!("pericarp-test-{unique}"));
-        Self { directory, loop_device, cgroup, agent: None }
-    }
-
-    fn start_agent(&mut self, sockets: &Path) {
-        // Only the agent itself may be in its cgroup, which cannot have children with limits otherwise.
-        let script = format!(
-            "echo 0 > {}/cgroup.procs && exec unshare --cgroup {} --unix {} --disk {}",
-            self.cgroup.display(),
-            env!("CARGO_BIN_EXE_pericarp-init"),
-            sockets.display(),
-            self.loop_device,
-        );
-        let agent = Command::new("unshare")
-            .args(["--pid", "--fork", "--kill-child", "--mount", "--net", "--uts", "--ipc", "sh", "-c", &script])
-            .spawn();
-        self.agent = Some(agent.expect("unshare"));
-    }
-}
-
 impl Pod {
     /// An agent that is ready, and no more.
     pub(crate) fn boot() -> Self {
-        let mut machine = Machine::new();
-        let sockets = machine.directory.path().join("s");
-        fs::create_dir(&sockets).expect("directory");
-        let ready = UnixListener::bind(sockets.join("host-1024")).expect("socket");
-        machine.start_agent(&sockets);
-        ready.accept().expect("the agent says that it is ready");
-        let control = dial(&sockets.join(format!("port-{}", agent_protocol::CONTROL_PORT)));
+        let machine = Machine::boot();
+        let control = machine.dial(agent_protocol::CONTROL_PORT);
         greet(&control);
         Self { machine, control, events: VecDeque::new(), last_id: 0, ports: 2000 }
     }
@@ -191,8 +85,8 @@ impl Pod {
         pod
     }
 
-    pub(crate) fn socket(&self, name: &str) -> PathBuf {
-        self.machine.directory.path().join("s").join(name)
+    pub(crate) fn dial(&self, port: u32) -> UnixStream {
+        self.machine.dial(port)
     }
 
     fn receive(&mut self, id: u64) -> Option<reply::Result> {
@@ -235,7 +129,7 @@ impl Pod {
     /// Creates a container with a log, which is collected.
     pub(crate) fn create(&mut self, container: v1::CreateContainer) -> Result<Log, (Kind, String)> {
         self.ports += 1;
-        let log = Log::listen(&self.socket(&format!("host-{}", self.ports)));
+        let log = self.machine.sink(self.ports);
         let stdio = v1::Stdio { log_port: self.ports, ..container.stdio.unwrap_or_default() };
         let container = v1::CreateContainer { stdio: Some(stdio), ..container };
         match self.call(request::Call::CreateContainer(container)) {
@@ -293,7 +187,7 @@ impl Pod {
     }
 
     pub(crate) fn open(&self, kind: open::Kind) -> Result<Session, (Kind, String)> {
-        let stream = dial(&self.socket(&format!("port-{}", agent_protocol::SESSION_PORT)));
+        let stream = self.dial(agent_protocol::SESSION_PORT);
         greet(&stream);
         agent_protocol::write(&stream, &v1::Open { kind: Some(kind) }).expect("open");
         match agent_protocol::read::<v1::Opened>(&stream).expect("opened").expect("opened").error {
@@ -312,64 +206,54 @@ impl Pod {
         (exit.code, out + &err)
     }
 
-    pub(crate) fn cgroup(&self, id: &str) -> PathBuf {
-        self.machine.cgroup.join("pod").join(id)
+    /// Whether no cgroup of this container is left, as far as that can be seen from here.
+    pub(crate) fn has_no_cgroup(&self, id: &str) -> bool {
+        self.machine.cgroup(id).is_none_or(|cgroup| !cgroup.exists())
     }
 
-    /// Partitions of the pod disk that there are now.
-    pub(crate) fn partitions(&self) -> usize {
-        let name = self.machine.loop_device.trim_start_matches("/dev/");
-        let entries = fs::read_dir(format!("/sys/block/{name}")).expect("disk").flatten();
-        entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(name)).count()
+    /// Whether no exec of this container has left a cgroup, as far as that can be seen from here.
+    pub(crate) fn has_no_execs(&self, id: &str) -> bool {
+        let Some(cgroup) = self.machine.cgroup(id) else { return true };
+        let mut entries = fs::read_dir(cgroup).expect("cgroup").flatten();
+        entries.all(|entry| !entry.file_name().to_string_lossy().starts_with("exec-"))
     }
-}
 
-impl Drop for Machine {
-    fn drop(&mut self) {
-        if let Some(agent) = &mut self.agent {
-            drop(agent.kill());
-            drop(agent.wait());
-        }
-        let start = Instant::now();
-        while start.elapsed() < PATIENCE && remove_cgroups(&self.cgroup).is_err() {
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        for number in 1..16 {
-            drop(Command::new("partx").args(["-d", "--nr", &number.to_string(), &self.loop_device]).output());
-        }
-        drop(Command::new("losetup").args(["-d", &self.loop_device]).output());
+    /// Whether the pod disk has between `least` and `most` partitions, as far as that can be seen from here.
+    pub(crate) fn has_partitions(&self, least: usize, most: usize) -> bool {
+        self.machine.partitions().is_none_or(|count| (least..=most).contains(&count))
     }
-}
 
-fn remove_cgroups(path: &Path) -> std::io::Result<()> {
-    for entry in fs::read_dir(path)?.flatten() {
-        if entry.file_type()?.is_dir() {
-            remove_cgroups(&entry.path())?;
-        }
+    /// Fails where containers cannot be limited so, instead of passing without a test.
+    pub(crate) fn assert_controller(&self, controller: &str) {
+        let offered = match &self.machine {
+            // The guest kernel has them all, or the test itself fails.
+            Machine::Guest(_) => return,
+            Machine::Namespaces(_) => fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").unwrap_or_default(),
+        };
+        let has = offered.split_whitespace().any(|each| each == controller);
+        assert!(has, "this machine's cgroup2 has no {controller} controller: run `make test-lab`");
     }
-    fs::remove_dir(path)
 }
 
 /// The host's end of a container's log.
-pub(crate) struct Log {
-    bytes: Arc<Mutex<Vec<u8>>>,
-    stream: Arc<OnceLock<UnixStream>>,
+pub(crate) enum Log {
+    /// Written by a VMM.
+    File(PathBuf),
+    /// Collected here.
+    Socket { bytes: Arc<Mutex<Vec<u8>>>, stream: Arc<OnceLock<UnixStream>> },
 }
 
 impl Log {
     fn listen(path: &Path) -> Self {
         let listener = UnixListener::bind(path).expect("socket");
-        let log = Self { bytes: Arc::default(), stream: Arc::default() };
-        let (bytes, stream) = (Arc::clone(&log.bytes), Arc::clone(&log.stream));
+        let (bytes, stream) = (Arc::<Mutex<Vec<u8>>>::default(), Arc::<OnceLock<UnixStream>>::default());
+        let log = Self::Socket { bytes: Arc::clone(&bytes), stream: Arc::clone(&stream) };
         std::thread::spawn(move || {
             let Ok((accepted, _)) = listener.accept() else { return };
             let mut source = stream.get_or_init(|| accepted);
             let mut chunk = [0; 1 << 16];
-            loop {
-                // Looked at first, then taken under the lock: what is not in the socket is in the log.
-                if !matches!(recv(source.as_raw_fd(), &mut chunk[..1], MsgFlags::MSG_PEEK), Ok(1)) {
-                    return;
-                }
+            // Looked at first, then taken under the lock: what is not in the socket is in the log.
+            while matches!(recv(source.as_raw_fd(), &mut chunk[..1], MsgFlags::MSG_PEEK), Ok(1)) {
                 let mut bytes = bytes.lock().expect("lock");
                 let count = source.read(&mut chunk).unwrap_or(0);
                 bytes.extend_from_slice(&chunk[..count]);
@@ -378,9 +262,16 @@ impl Log {
         log
     }
 
+    fn bytes(&self) -> Vec<u8> {
+        match self {
+            Self::File(path) => fs::read(path).expect("log"),
+            Self::Socket { bytes, .. } => bytes.lock().expect("lock").clone(),
+        }
+    }
+
     /// Whole lines so far, each as stream, tag and text.
     pub(crate) fn lines(&self) -> Vec<String> {
-        let text = String::from_utf8_lossy(&self.bytes.lock().expect("lock")).into_owned();
+        let text = String::from_utf8_lossy(&self.bytes()).into_owned();
         let lines = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
         lines.map(|line| line.trim_end_matches('\n').split_once(' ').expect("a time").1.to_owned()).collect()
     }
@@ -390,15 +281,17 @@ impl Log {
         self.lines().into_iter().map(|line| line.splitn(3, ' ').nth(2).expect("text").to_owned()).collect()
     }
 
-    /// Waits until all that the agent has sent so far has been collected: it is in the socket by then.
+    /// Waits until all that the agent has sent so far is in the log: a VMM writes it before it passes on any event that
+    /// was sent later, and here it is in the socket by then.
     pub(crate) fn settle(&self) {
+        let Self::Socket { bytes, stream } = self else { return };
         eventually("the log's collection", || {
-            let unread = self.stream.get().is_none_or(|stream| {
-                let mut byte = [0];
-                matches!(recv(stream.as_raw_fd(), &mut byte, MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT), Ok(1))
+            let unread = stream.get().is_none_or(|stream| {
+                let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+                matches!(recv(stream.as_raw_fd(), &mut [0], flags), Ok(1))
             });
             // The collector holds the lock while it has bytes that are not in the log yet.
-            let _collected = self.bytes.lock().expect("lock");
+            let _collected = bytes.lock().expect("lock");
             (!unread).then_some(())
         });
     }
