@@ -240,8 +240,8 @@ fn append(path: &Path) -> Result<File> {
 fn document(config: &Config) -> Result<OwnedFd> {
     let write = || -> io::Result<File> {
         let mut file = File::from(memfd_create(c"config", MFdFlags::MFD_CLOEXEC)?);
-        serde_json::to_writer(&mut file, config)?;
-        file.flush()?;
+        // At once: a writer without a buffer would be called for every comma.
+        file.write_all(&serde_json::to_vec(config)?)?;
         file.rewind()?;
         Ok(file)
     };

@@ -78,7 +78,7 @@ impl Boot {
             .with_context(|| format!("starting {} (--vmm or PERICARP_VMM names another)", self.vmm.display()))?;
         drop(inherited);
         let mut stdin = vmm.stdin.take().context("the VMM's standard input is a pipe")?;
-        serde_json::to_writer(&mut stdin, &config)?;
+        stdin.write_all(&serde_json::to_vec(&config)?)?;
         drop(stdin);
         let terminal = keyboard.is_some().then(RawTerminal::enter).transpose()?.flatten();
         if let Some(keyboard) = keyboard {
