@@ -72,9 +72,9 @@ test-host: setup
 	cargo test --locked -p pericarp-tests --test architecture
 
 # Two labs side by side use both cores.
-LAB_TESTS_A := pod cli
-LAB_TESTS_B := bad_input streaming
-LAB_TESTS_SLOW := many
+LAB_TESTS_A := pod cli kill
+LAB_TESTS_B := bad_input streaming at_once
+LAB_TESTS_SLOW := in_turn
 
 # $(call in_lab,PACKAGE,TESTS): cargo runs each test binary through the lab.
 in_lab = CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='$(CURDIR)/$(LAB) --timeout 2400 --' cargo test --locked -p $(1) \

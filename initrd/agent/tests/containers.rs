@@ -365,7 +365,7 @@ fn privileged_has_everything_of_the_guest() {
 fn a_container_over_its_memory_is_killed_and_told_so() {
     let mut pod = Pod::start();
     pod.assert_controller("memory");
-    let mut hungry = container("a", "cat /sys/fs/cgroup/memory.max; exec tail -c 1000m /dev/zero");
+    let mut hungry = container("a", "cat /sys/fs/cgroup/memory.max; exec tail -c 100m /dev/zero");
     hungry.resources = Some(v1::Resources { memory_limit: 32 << 20, ..v1::Resources::default() });
     let (exit, found) = pod.run(hungry);
     assert_eq!((exit.code, exit.signal, exit.oom_killed), (137, libc::SIGKILL, true));
