@@ -23,7 +23,7 @@ use crate::Place;
 use crate::phases::now;
 
 /// Guest memory in MiB.
-const MEMORY_MIB: u32 = 256;
+const MEMORY_MIB: u32 = 128;
 
 /// Where the VMM is counted.
 const CGROUP: &str = "/sys/fs/cgroup/pericarp-bench-min";

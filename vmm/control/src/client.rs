@@ -9,7 +9,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, set
 use nix::sys::time::TimeVal;
 use thiserror::Error;
 
-use crate::{Command, Reply, wire};
+use crate::{Command, Event, Reply, wire};
 
 /// Why a command had no answer.
 #[derive(Debug, Error)]
@@ -23,6 +23,9 @@ pub enum ClientError {
     /// The VMM closed the connection.
     #[error("the VMM has ended")]
     Closed,
+    /// Something else than an event came to a subscriber.
+    #[error("the VMM gave an answer that was not asked for")]
+    Unexpected,
 }
 
 /// A connection to a VMM's control socket.
@@ -45,9 +48,25 @@ impl Client {
     /// Carries out one command and returns its answer, a refusal as an error.
     pub fn ask(&self, command: &Command, fds: &[RawFd]) -> Result<Reply, ClientError> {
         wire::send(self.socket.as_fd(), wire::CONTROL, command, fds)?;
-        match wire::recv(self.socket.as_fd(), wire::CONTROL)?.ok_or(ClientError::Closed)? {
-            (Reply::Refused { reason }, _) => Err(ClientError::Refused(reason)),
-            (reply, _) => Ok(reply),
+        match self.receive()? {
+            Reply::Refused { reason } => Err(ClientError::Refused(reason)),
+            reply => Ok(reply),
         }
+    }
+
+    /// Subscribes and returns the events, those of the past first; ends when the VMM does or a receive times out.
+    pub fn events(self) -> Result<impl Iterator<Item = Result<Event, ClientError>>, ClientError> {
+        self.ask(&Command::Subscribe, &[])?;
+        Ok(std::iter::from_fn(move || match self.receive() {
+            Ok(Reply::Event(event)) => Some(Ok(event)),
+            Ok(_) => Some(Err(ClientError::Unexpected)),
+            Err(ClientError::Closed) => None,
+            Err(error) => Some(Err(error)),
+        }))
+    }
+
+    fn receive(&self) -> Result<Reply, ClientError> {
+        let (reply, _) = wire::recv(self.socket.as_fd(), wire::CONTROL)?.ok_or(ClientError::Closed)?;
+        Ok(reply)
     }
 }
