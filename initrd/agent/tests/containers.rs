@@ -147,7 +147,7 @@ fn no_device_beyond_the_standard_ones_can_be_opened() {
     assert_eq!(lines(&mut pod, container("a", script)), expected);
     let device = |access: &str| v1::Device {
         path: "/dev/mine".into(),
-        guest_path: "/dev/loop-control".into(),
+        guest_path: "/dev/fuse".into(),
         access: access.into(),
     };
     let script = "[ -c /dev/mine ] && (exec 3<>/dev/mine) 2>/dev/null && echo opened || echo refused";
