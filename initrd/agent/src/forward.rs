@@ -31,6 +31,16 @@ pub(crate) enum Phase {
     Open,
 }
 
+/// What may still go into a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Input {
+    Open,
+    /// What is pending and no more.
+    Ending,
+    /// Nothing: the server knows.
+    Ended,
+}
+
 /// A connection, and what is on its way into it.
 #[derive(Debug)]
 pub(crate) struct Forward {
@@ -41,7 +51,7 @@ pub(crate) struct Forward {
     /// Dialled if the first refuses.
     spare: Option<IpAddr>,
     pending: Vec<u8>,
-    close: bool,
+    input: Input,
 }
 
 impl Forward {
@@ -55,7 +65,7 @@ impl Forward {
                 (phase, stream, None)
             }
         };
-        Ok(Self { number, port, phase, stream, spare, pending: Vec::new(), close: false })
+        Ok(Self { number, port, phase, stream, spare, pending: Vec::new(), input: Input::Open })
     }
 
     /// Something has happened to a connection that is being dialled.
@@ -86,14 +96,16 @@ impl Forward {
 
     /// Takes input; what the server does not read at once is kept.
     pub(crate) fn push_input(&mut self, bytes: &[u8]) {
-        if !self.close {
+        if self.input == Input::Open {
             self.pending.extend_from_slice(bytes);
         }
     }
 
     /// No input follows.
     pub(crate) fn close_input(&mut self) {
-        self.close = true;
+        if self.input == Input::Open {
+            self.input = Input::Ending;
+        }
     }
 
     /// Whether more input may be pushed.
@@ -115,7 +127,8 @@ impl Forward {
                 Err(_) => self.pending.clear(),
             }
         }
-        if self.close {
+        if self.input == Input::Ending {
+            self.input = Input::Ended;
             // One that has broken needs no end.
             let _ = shutdown(self.stream.get().as_raw_fd(), socket::Shutdown::Write);
         }
