@@ -12,6 +12,7 @@ pub mod error;
 pub mod image;
 pub mod network;
 pub mod pod;
+mod random;
 mod record;
 mod scratch;
 pub mod seccomp;

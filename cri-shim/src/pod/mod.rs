@@ -36,6 +36,7 @@ use crate::agent::Session;
 use crate::error::{Error, Result};
 use crate::image::Store;
 use crate::network::Network;
+use crate::random;
 use crate::spawner::Spawner;
 use crate::spec::{ContainerSpec, PodSpec, Resources};
 use table::{Pod, Table};
@@ -77,7 +78,7 @@ impl Pods {
     /// Starts a pod and returns its id once its agent is configured; on failure nothing is left of it. A caller that
     /// hangs up before that leaves nothing either, since it has no id to remove the pod by.
     pub async fn run_pod(&self, spec: PodSpec) -> Result<String> {
-        let id = new_id()?;
+        let id = random::id()?;
         self.table.reserve(&id, &spec.identity)?;
         let (pods, name) = (self.clone(), id.clone());
         let (answer, started) = oneshot::channel();
@@ -140,7 +141,7 @@ impl Pods {
 
     /// Makes a container in a pod, not yet running, and returns its id.
     pub async fn create_container(&self, pod: &str, spec: ContainerSpec) -> Result<String> {
-        let id = new_id()?;
+        let id = random::id()?;
         let name = id.clone();
         self.table.pod(pod)?.run(move |owner| Box::pin(owner.create_container(name, spec))).await?;
         Ok(id)
@@ -281,11 +282,6 @@ fn absent_is_done(result: Result<()>) -> Result<()> {
         Err(Error::NotFound(_)) => Ok(()),
         other => other,
     }
-}
-
-/// 64 hexadecimal digits that nothing else has.
-fn new_id() -> Result<String> {
-    Ok(start::seed()?.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 fn runs(status: &PodStatus, container: &str) -> bool {

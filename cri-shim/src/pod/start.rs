@@ -3,8 +3,7 @@
 //! The order: record; namespace, tap, cgroup, scratch; VMM and network at once; configuration. Whoever calls undoes
 //! all of it by the record if any step fails.
 
-use std::fs::{self, File};
-use std::io::Read;
+use std::fs;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::sync::Arc;
@@ -24,6 +23,7 @@ use crate::clock;
 use crate::control;
 use crate::error::{Error, IoContext, Result};
 use crate::network::{Attachment, Netns};
+use crate::random;
 use crate::record::{DiskRecord, Phase, RECORD_VERSION, Record};
 use crate::scratch;
 use crate::spec::{NetworkSource, PodSpec};
@@ -40,9 +40,6 @@ const CONFIGURE_LIMIT: Duration = Duration::from_secs(30);
 
 /// Extents are whole pages.
 const PAGE_BYTES: u64 = 4096;
-
-/// Bytes of randomness that each guest is given.
-const SEED_BYTES: usize = 32;
 
 /// How much of the guest's console is quoted when the agent does not come up, in bytes.
 const CONSOLE_TAIL: usize = 2048;
@@ -127,7 +124,7 @@ async fn make(context: &Arc<Context>, mut record: Record) -> Result<Owner> {
     let Booted { agent, kernel, notices, moments } = booted;
     record.guest_kernel = kernel;
     record.moments.extend(moments);
-    let configure = message::configure(&record, &attachment, realtime(), seed()?);
+    let configure = message::configure(&record, &attachment, realtime(), random::seed()?);
     record.attachment = Some(attachment);
     agent.tell(Call::Configure(configure), CONFIGURE_LIMIT).await.map_err(|error| error.context("the guest"))?;
     record.moments.push(moment("configured"));
@@ -248,12 +245,4 @@ async fn console_tail(dir: &PodDir) -> String {
 
 fn realtime() -> u64 {
     u64::try_from(clock::realtime_ns()).unwrap_or(0)
-}
-
-/// Fresh randomness for one guest.
-pub(super) fn seed() -> Result<Vec<u8>> {
-    let mut seed = vec![0; SEED_BYTES];
-    let read = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut seed));
-    read.doing(|| "reading /dev/urandom")?;
-    Ok(seed)
 }

@@ -245,8 +245,7 @@ impl Streams {
         let mut streams = Self::default();
         while !streams.are_all(wanted, resizable) {
             let Ok(Some(Event::Opened { id, headers })) = reader.next().await else { return None };
-            let kind = headers.iter().find(|(name, _)| name == "streamtype").map(|(_, kind)| kind.as_str());
-            let place = match kind? {
+            let place = match spdy::value(&headers, "streamtype")? {
                 "error" => &mut streams.error,
                 "stdin" => &mut streams.stdin,
                 "stdout" => &mut streams.stdout,

@@ -129,7 +129,7 @@ impl Forwarder {
 impl Purpose {
     /// The oldest clients name no request: an error stream comes just before its data stream.
     fn of(id: u32, headers: &Headers) -> Option<Self> {
-        let value = |name: &str| headers.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str());
+        let value = |name| spdy::value(headers, name);
         let error = match value("streamtype")? {
             "error" => true,
             "data" => false,

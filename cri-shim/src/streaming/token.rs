@@ -1,13 +1,12 @@
 //! Tokens: what a client shows to get what somebody else was allowed to ask for.
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::io::Read;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::Request;
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, Result};
+use crate::random;
 
 /// How long a token is good for.
 const LIFE: Duration = Duration::from_secs(60);
@@ -15,19 +14,13 @@ const LIFE: Duration = Duration::from_secs(60);
 /// Most tokens that wait for their client.
 const TOKENS: usize = 1000;
 
-/// Random bytes of a token, which nobody can guess.
-const TOKEN_BYTES: usize = 32;
-
 /// The tokens that wait for their client. Cheap to clone; every clone is the same set.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Tokens(Arc<Mutex<HashMap<String, (Instant, Request)>>>);
 
 impl Tokens {
     pub(super) fn issue(&self, request: Request) -> Result<String> {
-        let mut random = [0; TOKEN_BYTES];
-        let read = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut random));
-        read.doing(|| "reading /dev/urandom")?;
-        let token: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
+        let token = random::id()?;
         let now = Instant::now();
         let mut tokens = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         tokens.retain(|_, (issued, _)| now.duration_since(*issued) < LIFE);

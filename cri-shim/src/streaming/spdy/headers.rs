@@ -93,6 +93,11 @@ const PHRASES: &str = "100101201202205206300302303304305306307402405406407408409
 /// Names in lower case, and values.
 pub(crate) type Headers = Vec<(String, String)>;
 
+/// The value of a header.
+pub(crate) fn value<'h>(headers: &'h Headers, name: &str) -> Option<&'h str> {
+    headers.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
+}
+
 fn dictionary() -> Vec<u8> {
     let mut bytes = Vec::new();
     for word in WORDS {

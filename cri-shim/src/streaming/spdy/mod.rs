@@ -14,7 +14,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, Wr
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-pub(super) use headers::Headers;
+pub(super) use headers::{Headers, value};
 
 use super::Gone;
 use frame::{Decoder, Encoder, Frame, Received};
