@@ -262,6 +262,9 @@ pub struct MountSpec {
     pub source: MountSource,
     /// Whether it refuses writes.
     pub read_only: bool,
+    /// Whether what is mounted below it refuses them too, as asked for; what is copied into a guest does so anyway.
+    #[serde(default)]
+    pub recursive_read_only: bool,
 }
 
 /// What is mounted.

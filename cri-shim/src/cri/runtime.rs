@@ -113,8 +113,8 @@ impl RuntimeService for Node {
     }
 
     async fn status(&self, request: Request<StatusRequest>) -> Answer<StatusResponse> {
-        let handler =
-            |name: &str| RuntimeHandler { name: name.to_owned(), features: Some(RuntimeHandlerFeatures::default()) };
+        let features = RuntimeHandlerFeatures { recursive_read_only_mounts: true, user_namespaces: false };
+        let handler = |name: &str| RuntimeHandler { name: name.to_owned(), features: Some(features) };
         let network = self.network.configuration().ok();
         let info = info(request.get_ref().verbose, &serde_json::json!({"config": self.config, "cni": network}))?;
         answer(StatusResponse {

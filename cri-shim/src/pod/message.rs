@@ -236,6 +236,7 @@ mod tests {
             destination: (*destination).into(),
             source: source.clone(),
             read_only: true,
+            recursive_read_only: false,
         });
         ContainerSpec { mounts: mounts.collect(), ..ContainerSpec::default() }
     }

@@ -153,9 +153,13 @@ impl Pods {
         pod.run(move |owner| Box::pin(async move { owner.start_container(&container.id).await })).await
     }
 
-    /// Sends a container its stop signal, and SIGKILL when `grace` is over. One that has ended is left alone.
+    /// Sends a container its stop signal, and SIGKILL when `grace` is over. One that has ended, or is not there, is
+    /// left alone.
     pub async fn stop_container(&self, id: &str, grace: Duration) -> Result<()> {
-        let (pod, container) = self.table.container(id)?;
+        let (pod, container) = match self.table.container(id) {
+            Ok(found) => found,
+            Err(error) => return absent_is_done(Err(error)),
+        };
         let asked = match container.spec.stop_signal {
             signal if signal > 0 => signal,
             _ => libc::SIGTERM,

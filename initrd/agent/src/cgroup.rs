@@ -28,6 +28,9 @@ const CONTROLLERS: [&str; 5] = ["cpu", "cpuset", "io", "memory", "pids"];
 /// Share of the kernel's process numbers that containers may use; the rest lets the agent still start an exec.
 const PIDS_PERCENT: u64 = 90;
 
+/// The file of a limit that not every kernel has.
+const SWAP_LIMIT: &str = "memory.swap.max";
+
 /// How the cgroups of execs are named.
 const EXEC_PREFIX: &str = "exec-";
 
@@ -148,7 +151,12 @@ impl Cgroup {
     /// Sets what `resources` names and leaves the rest.
     pub(crate) fn limit(&self, resources: &v1::Resources) -> Result<(), CgroupError> {
         for (file, value) in settings(resources)? {
-            fs::write(self.path.join(&file), &value).map_err(|source| CgroupError::Limit { file, value, source })?;
+            let path = self.path.join(&file);
+            // A kernel without swap keeps every limit on it.
+            if file == SWAP_LIMIT && !path.exists() {
+                continue;
+            }
+            fs::write(path, &value).map_err(|source| CgroupError::Limit { file, value, source })?;
         }
         Ok(())
     }
@@ -258,7 +266,7 @@ fn settings(resources: &v1::Resources) -> Result<Vec<(String, String)>, CgroupEr
     }
     if resources.memory_swap_limit > 0 {
         // The OCI's limit counts memory and swap together, cgroup v2's only swap.
-        set("memory.swap.max", resources.memory_swap_limit.saturating_sub(resources.memory_limit).to_string());
+        set(SWAP_LIMIT, resources.memory_swap_limit.saturating_sub(resources.memory_limit).to_string());
     }
     if resources.pids_limit > 0 {
         set("pids.max", resources.pids_limit.to_string());

@@ -97,8 +97,9 @@ fn mount(mount: Mount, find_image: impl Fn(&str) -> Option<Image>) -> Result<Mou
     if mount.propagation() == MountPropagation::PropagationBidirectional {
         return refuse("mounts of a guest cannot propagate to the host: use mountPropagation None or HostToContainer");
     }
-    if mount.recursive_read_only {
-        return refuse("recursive read-only mounts are not supported: use recursiveReadOnly: Disabled");
+    // The CRI's own conditions (Mount.recursive_read_only).
+    if mount.recursive_read_only && !(mount.readonly && mount.propagation() == MountPropagation::PropagationPrivate) {
+        return refuse("recursiveReadOnly needs readOnly: true and mountPropagation: None");
     }
     if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
         return refuse("mapped owners are not supported: set hostUsers: true");
@@ -114,7 +115,8 @@ fn mount(mount: Mount, find_image: impl Fn(&str) -> Option<Image>) -> Result<Mou
         None if mount.host_path.is_empty() => return refuse("it has neither host_path nor image"),
         None => MountSource::Host(PathBuf::from(&mount.host_path)),
     };
-    Ok(MountSpec { destination: mount.container_path, source, read_only: mount.readonly })
+    let (destination, read_only) = (mount.container_path, mount.readonly);
+    Ok(MountSpec { destination, source, read_only, recursive_read_only: mount.recursive_read_only })
 }
 
 fn device(device: Device) -> DeviceSpec {
@@ -207,7 +209,9 @@ mod tests {
             Mount { container_path: "/data".into(), host_path: "/srv".into(), readonly: true, ..Default::default() };
         let spec = with_mount(host.clone()).expect("valid");
         assert_eq!(spec.mounts[0].source, MountSource::Host("/srv".into()));
-        assert!(spec.mounts[0].read_only);
+        assert!(spec.mounts[0].read_only && !spec.mounts[0].recursive_read_only);
+        let recursive = with_mount(Mount { recursive_read_only: true, ..host.clone() }).expect("valid");
+        assert!(recursive.mounts[0].recursive_read_only);
         let image = |name: &str| Some(ImageSpec { image: name.into(), ..Default::default() });
         let volume = Mount { host_path: String::new(), image: image("data"), ..host.clone() };
         assert_eq!(with_mount(volume).expect("valid").mounts[0].source, MountSource::Image("sha256:1".into()));
@@ -216,7 +220,15 @@ mod tests {
             (Mount { image: image("data"), image_sub_path: "x".into(), ..host.clone() }, "subPath"),
             (Mount { container_path: "data".into(), ..host.clone() }, "absolute"),
             (Mount { host_path: String::new(), ..host.clone() }, "neither"),
-            (Mount { recursive_read_only: true, ..host.clone() }, "recursiveReadOnly"),
+            (Mount { recursive_read_only: true, readonly: false, ..host.clone() }, "recursiveReadOnly"),
+            (
+                Mount {
+                    recursive_read_only: true,
+                    propagation: MountPropagation::PropagationHostToContainer.into(),
+                    ..host.clone()
+                },
+                "recursiveReadOnly",
+            ),
             (Mount { propagation: MountPropagation::PropagationBidirectional.into(), ..host }, "propagate"),
         ] {
             let error = with_mount(bad).expect_err(word).to_string();

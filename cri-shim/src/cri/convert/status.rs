@@ -149,6 +149,7 @@ fn mount(mount: &MountSpec) -> proto::Mount {
     let mut wire = proto::Mount {
         container_path: mount.destination.clone(),
         readonly: mount.read_only,
+        recursive_read_only: mount.recursive_read_only,
         ..proto::Mount::default()
     };
     match &mount.source {
