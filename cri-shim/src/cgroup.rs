@@ -82,11 +82,16 @@ pub(crate) fn create(root: &Path, leaf: &str, limits: Limits) -> Result<OwnedFd>
     let at = create_path(root, leaf)?;
     let memory = limits.guest_bytes.saturating_add(OVERHEAD_BYTES);
     set(&at, "memory.max", &memory.to_string())?;
-    if let Some((quota, period)) = limits.cpu {
-        set(&at, "cpu.max", &format!("{quota} {period}"))?;
+    if let Some(cpu) = limits.cpu {
+        limit_cpu(root, leaf, cpu)?;
     }
     let directory = File::options().read(true).custom_flags(libc::O_DIRECTORY).open(&at);
     Ok(directory.doing(|| format!("opening cgroup {}", at.display()))?.into())
+}
+
+/// Sets a leaf's CFS quota and period in µs.
+pub(crate) fn limit_cpu(root: &Path, leaf: &str, (quota, period): (u64, u64)) -> Result<()> {
+    set(&root.join(leaf.trim_start_matches('/')), "cpu.max", &format!("{quota} {period}"))
 }
 
 /// Kills all that is in a leaf and removes it; one that is not there is no error.

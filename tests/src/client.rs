@@ -25,6 +25,11 @@ impl Client {
         Self { runtime, pods: RuntimeServiceClient::new(channel) }
     }
 
+    /// Makes any other call.
+    pub fn ask<T>(&mut self, call: impl AsyncFnOnce(&mut RuntimeServiceClient<Channel>) -> T) -> T {
+        self.runtime.block_on(call(&mut self.pods))
+    }
+
     /// Runs a pod and returns its id.
     #[track_caller]
     pub fn run_pod(&mut self, name: &str) -> String {

@@ -141,6 +141,7 @@ fn name_of(call: &Call) -> &'static str {
         Call::ReopenLog(_) => "ReopenLog",
         Call::UpdateContainer(_) => "UpdateContainer",
         Call::GetStats(_) => "GetStats",
+        Call::UpdatePod(_) => "UpdatePod",
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use futures_util::future::join_all;
 use tonic::Status;
 
-use super::proto::{ContainerStats, ContainerStatsFilter, PodSandboxStats, PodSandboxStatsFilter};
+use super::proto::{ContainerStats, ContainerStatsFilter, PodSandboxMetrics, PodSandboxStats, PodSandboxStatsFilter};
 use super::{Node, convert};
 use crate::pod::{PodState, PodStatus, PodUsage};
 
@@ -34,11 +34,21 @@ pub(super) async fn pod(node: &Node, id: &str) -> Result<PodSandboxStats, Status
 }
 
 pub(super) async fn pods(node: &Node, filter: Option<&PodSandboxStatsFilter>) -> Vec<PodSandboxStats> {
-    let matching = |pod: &Arc<PodStatus>| pod.state == PodState::Ready && convert::pod_stats_match(filter, pod);
-    let pods: BTreeMap<String, Arc<PodStatus>> =
-        node.pods.pods().into_iter().filter(matching).map(|pod| (pod.id.clone(), pod)).collect();
-    let usages = usages(node, pods.keys().cloned()).await;
-    usages.filter_map(|(id, usage)| Some(convert::pod_stats(pods.get(&id)?, &usage))).collect()
+    let told = ready(node, |pod| convert::pod_stats_match(filter, pod)).await;
+    told.iter().map(|(pod, usage)| convert::pod_stats(pod, usage)).collect()
+}
+
+/// Of pods that are ready, as cAdvisor would tell it.
+pub(super) async fn metrics(node: &Node) -> Vec<PodSandboxMetrics> {
+    ready(node, |_| true).await.iter().map(|(pod, usage)| convert::pod_metrics(pod, usage)).collect()
+}
+
+/// Pods that are ready, with what they use; those that do not answer are left out.
+async fn ready(node: &Node, wanted: impl Fn(&PodStatus) -> bool) -> Vec<(Arc<PodStatus>, PodUsage)> {
+    let matching = |pod: &Arc<PodStatus>| pod.state == PodState::Ready && wanted(pod);
+    let pods: BTreeMap<_, _> = node.pods.pods().into_iter().filter(matching).map(|pod| (pod.id.clone(), pod)).collect();
+    let told = usages(node, pods.keys().cloned()).await;
+    told.filter_map(|(id, usage)| Some((Arc::clone(pods.get(&id)?), usage))).collect()
 }
 
 async fn usages(node: &Node, pods: impl Iterator<Item = String>) -> impl Iterator<Item = (String, PodUsage)> {

@@ -200,6 +200,18 @@ impl Owner {
         self.save()
     }
 
+    /// Forgets a container whose caller has gone away before it knew its id.
+    pub(super) async fn abandon_container(&mut self, id: &str) {
+        tracing::info!(
+            pod = self.record.id,
+            container = id,
+            "nobody waits for the container any more, so it is removed"
+        );
+        if let Err(error) = self.remove_container(id).await {
+            tracing::warn!(pod = self.record.id, container = id, %error, "a container that nobody waits for stays");
+        }
+    }
+
     async fn remove_from_guest(&self, id: &str) -> Result<()> {
         if !self.is_running() {
             return Ok(());

@@ -11,6 +11,7 @@ mod exec;
 mod files;
 mod message;
 mod owner;
+mod resize;
 mod size;
 mod start;
 mod stats;
@@ -27,7 +28,7 @@ use vmm_control::{Command, Reply};
 
 pub use config::{CoreConfig, PodDir};
 pub use events::{Event, EventKind};
-pub use stats::{PodUsage, Pressure, Stall, Traffic, Usage};
+pub use stats::{PodUsage, Pressure, Stall, Throttling, Traffic, Transfers, Usage};
 pub use status::{ContainerState, ContainerStatus, ContainerUser, ExecOutput, Moment, PodState, PodStatus};
 
 use context::{Context, blocking};
@@ -139,11 +140,17 @@ impl Pods {
         self.table.statuses()
     }
 
-    /// Makes a container in a pod, not yet running, and returns its id.
+    /// Makes a container in a pod, not yet running, and returns its id. A caller that hangs up before that leaves
+    /// nothing, since it has no id to remove the container by.
     pub async fn create_container(&self, pod: &str, spec: ContainerSpec) -> Result<String> {
         let id = random::id()?;
-        let name = id.clone();
-        self.table.pod(pod)?.run(move |owner| Box::pin(owner.create_container(name, spec))).await?;
+        let (name, unwanted) = (id.clone(), id.clone());
+        let pod = self.table.pod(pod)?;
+        pod.make(
+            move |owner| Box::pin(owner.create_container(name, spec)),
+            move |owner| Box::pin(async move { owner.abandon_container(&unwanted).await }),
+        )
+        .await?;
         Ok(id)
     }
 
@@ -231,6 +238,11 @@ impl Pods {
     /// Connects to a port of a pod's loopback.
     pub async fn port_forward(&self, pod: &str, port: u16) -> Result<Session> {
         exec::forward(&self.context.config.pod_dir(self.table.pod(pod)?.id()), port).await
+    }
+
+    /// Changes those limits of a pod that are named; the others stay. A VM keeps the size it was started with.
+    pub async fn update_pod(&self, id: &str, overhead: Option<Resources>, resources: Option<Resources>) -> Result<()> {
+        self.table.pod(id)?.run(move |owner| Box::pin(owner.update_pod(overhead, resources))).await
     }
 
     /// Changes those limits of a container that `resources` names; the others stay.

@@ -57,6 +57,17 @@ pub(crate) fn size(spec: &PodSpec, config: &CoreConfig, host: Host) -> Result<Si
     Ok(Size { memory_mib: memory_mib.max(LEAST_MIB), vcpus: vcpus.clamp(1, most) })
 }
 
+/// Whether a VM of size `has` is large enough where one of size `wants` would be made.
+pub(crate) fn fits(wants: Size, has: Size) -> Result<()> {
+    if wants.memory_mib > has.memory_mib || wants.vcpus > has.vcpus {
+        return Err(Error::ResourceExhausted(format!(
+            "the pod's VM has {} MiB and {} CPUs, and would need {} MiB and {} CPUs for that: make the pod anew",
+            has.memory_mib, has.vcpus, wants.memory_mib, wants.vcpus
+        )));
+    }
+    Ok(())
+}
+
 /// CFS quota and period of a pod's CPU limit, in µs; `None` without a limit.
 pub(crate) fn quota(spec: &PodSpec) -> Option<(u64, u64)> {
     let quota = spec.resources.cpu_quota.and_then(|quota| u64::try_from(quota).ok()).filter(|quota| *quota > 0)?;
@@ -99,6 +110,17 @@ mod tests {
         assert_eq!(memory(1), 96, "the least a guest runs in");
         assert_eq!(memory(1 << 40), 16 << 10, "all of the host");
         assert_eq!(memory(u64::MAX), 16 << 10);
+    }
+
+    #[test]
+    fn a_vm_keeps_its_size() {
+        let has = Size { memory_mib: 512, vcpus: 2 };
+        assert!(fits(has, has).is_ok() && fits(Size { memory_mib: 96, vcpus: 1 }, has).is_ok());
+        for more in [Size { memory_mib: 514, ..has }, Size { vcpus: 3, ..has }] {
+            assert!(
+                matches!(fits(more, has), Err(Error::ResourceExhausted(text)) if text.contains("make the pod anew"))
+            );
+        }
     }
 
     #[test]

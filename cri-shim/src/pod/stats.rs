@@ -58,12 +58,60 @@ pub struct Usage {
     pub swap_limit: Option<u64>,
     /// Processes and threads.
     pub processes: Option<u64>,
+    /// Most of them that there may be; `None` is no limit.
+    pub processes_limit: Option<u64>,
+    /// Processes of the container itself, without those of execs.
+    pub own_processes: Option<u64>,
+    /// CPU time of programs in nanoseconds.
+    pub cpu_user_ns: Option<u64>,
+    /// CPU time of the kernel for them in nanoseconds.
+    pub cpu_system_ns: Option<u64>,
+    /// How its CPU limit was felt.
+    pub throttling: Throttling,
+    /// Bytes of page cache.
+    pub cache: Option<u64>,
+    /// Bytes of files in the memory of processes.
+    pub mapped_files: Option<u64>,
+    /// Bytes of the kernel's own memory for it.
+    pub kernel: Option<u64>,
+    /// The most bytes it ever had.
+    pub peak: Option<u64>,
+    /// How often it ran into its memory limit.
+    pub limit_hits: Option<u64>,
+    /// Processes killed for want of memory.
+    pub oom_kills: Option<u64>,
+    /// What it read and wrote, by block device (`major:minor`).
+    pub transfers: BTreeMap<String, Transfers>,
     /// Time lost in waiting for CPUs.
     pub cpu_pressure: Option<Pressure>,
     /// Time lost in waiting for memory.
     pub memory_pressure: Option<Pressure>,
     /// Time lost in waiting for disks.
     pub io_pressure: Option<Pressure>,
+}
+
+/// How often a CPU limit held a cgroup up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Throttling {
+    /// Periods in which something ran.
+    pub periods: Option<u64>,
+    /// Those in which the limit was reached.
+    pub throttled_periods: Option<u64>,
+    /// Nanoseconds held up.
+    pub throttled_ns: Option<u64>,
+}
+
+/// What went to and came from a block device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Transfers {
+    /// Bytes.
+    pub read_bytes: u64,
+    /// Bytes.
+    pub written_bytes: u64,
+    /// Operations.
+    pub reads: u64,
+    /// Operations.
+    pub writes: u64,
 }
 
 /// Pressure stall information (the kernel's accounting/psi).
@@ -95,12 +143,20 @@ pub struct Traffic {
     pub interface: String,
     /// Received.
     pub rx_bytes: u64,
+    /// Received.
+    pub rx_packets: u64,
     /// Received with errors.
     pub rx_errors: u64,
+    /// Received and dropped.
+    pub rx_dropped: u64,
     /// Sent.
     pub tx_bytes: u64,
+    /// Sent.
+    pub tx_packets: u64,
     /// Not sent for errors.
     pub tx_errors: u64,
+    /// Not sent but dropped.
+    pub tx_dropped: u64,
 }
 
 /// CPU time when it was last asked for, by container; the pod's own under the empty name.
@@ -150,10 +206,11 @@ fn rates(usage: &mut PodUsage, last: &mut CpuTimes) {
 fn cgroup(cgroup: &v1::CgroupFiles) -> Usage {
     let files = &cgroup.files;
     let number = |name: &str| files.get(name)?.trim().parse::<u64>().ok();
+    let nanoseconds = |name: &str| field(files, "cpu.stat", name).map(|usec| usec.saturating_mul(1000));
     let memory = number("memory.current");
     let idle = field(files, "memory.stat", "inactive_file");
     Usage {
-        cpu_ns: field(files, "cpu.stat", "usage_usec").map(|usec| usec.saturating_mul(1000)),
+        cpu_ns: nanoseconds("usage_usec"),
         cpu_ns_per_second: None,
         memory,
         working_set: memory.map(|memory| memory.saturating_sub(idle.unwrap_or(0))),
@@ -164,6 +221,28 @@ fn cgroup(cgroup: &v1::CgroupFiles) -> Usage {
         swap: number("memory.swap.current"),
         swap_limit: number("memory.swap.max"),
         processes: number("pids.current"),
+        processes_limit: number("pids.max"),
+        own_processes: files.get("cgroup.procs").and_then(|list| u64::try_from(list.lines().count()).ok()),
+        cpu_user_ns: nanoseconds("user_usec"),
+        cpu_system_ns: nanoseconds("system_usec"),
+        throttling: Throttling {
+            periods: field(files, "cpu.stat", "nr_periods"),
+            throttled_periods: field(files, "cpu.stat", "nr_throttled"),
+            throttled_ns: nanoseconds("throttled_usec"),
+        },
+        cache: field(files, "memory.stat", "file"),
+        mapped_files: field(files, "memory.stat", "file_mapped"),
+        kernel: field(files, "memory.stat", "kernel"),
+        peak: number("memory.peak"),
+        limit_hits: field(files, "memory.events", "max"),
+        oom_kills: field(files, "memory.events", "oom_kill"),
+        transfers: files
+            .get("io.stat")
+            .into_iter()
+            .flat_map(|text| text.lines())
+            .filter_map(transfers)
+            .take(MOST)
+            .collect(),
         cpu_pressure: pressure(files, "cpu.pressure"),
         memory_pressure: pressure(files, "memory.pressure"),
         io_pressure: pressure(files, "io.pressure"),
@@ -206,17 +285,43 @@ fn percent(text: &str) -> Option<f64> {
     text.parse::<f64>().ok().filter(|value| value.is_finite())
 }
 
+/// A line of io.stat: the device's numbers, then `name=number` pairs.
+fn transfers(line: &str) -> Option<(String, Transfers)> {
+    let (device, pairs) = line.split_once(' ')?;
+    let mut found = Transfers::default();
+    for (name, value) in pairs.split_whitespace().filter_map(|pair| pair.split_once('=')) {
+        let value = value.parse::<u64>().ok()?;
+        match name {
+            "rbytes" => found.read_bytes = value,
+            "wbytes" => found.written_bytes = value,
+            "rios" => found.reads = value,
+            "wios" => found.writes = value,
+            _ => {}
+        }
+    }
+    Some((device.to_owned(), found))
+}
+
 /// A line of /proc/net/dev: name, eight figures of what was received, eight of what was sent.
 fn traffic(line: &str) -> Option<Traffic> {
     let (interface, figures) = line.split_once(':')?;
     let figures: Vec<u64> = figures.split_whitespace().map(str::parse).collect::<Result<_, _>>().ok()?;
-    let [rx_bytes, _, rx_errors, _, _, _, _, _, tx_bytes, _, tx_errors, ..] = figures.as_slice() else { return None };
+    let [rx_bytes, rx_packets, rx_errors, rx_dropped, _, _, _, _, tx_bytes, tx_packets, tx_errors, tx_dropped, ..] =
+        *figures.as_slice()
+    else {
+        return None;
+    };
+    let interface = interface.trim().to_owned();
     Some(Traffic {
-        interface: interface.trim().to_owned(),
-        rx_bytes: *rx_bytes,
-        rx_errors: *rx_errors,
-        tx_bytes: *tx_bytes,
-        tx_errors: *tx_errors,
+        interface,
+        rx_bytes,
+        rx_packets,
+        rx_errors,
+        rx_dropped,
+        tx_bytes,
+        tx_packets,
+        tx_errors,
+        tx_dropped,
     })
 }
 
@@ -237,10 +342,14 @@ mod tests {
             ("memory.current", "10000\n"),
             ("memory.max", "max\n"),
             ("memory.stat", "anon 700\nfile 1\ninactive_file 4000\npgfault 9\npgmajfault 2\n"),
+            ("io.stat", "254:0 rbytes=4096 wbytes=0 rios=1 wios=0 dbytes=0 dios=0\n"),
+            ("cgroup.procs", "7\n8\n"),
             ("cpu.pressure", "some avg10=1.50 avg60=0.25 avg300=0.00 total=12\n"),
         ]));
         assert_eq!((usage.cpu_ns, usage.memory, usage.working_set), (Some(5_000_000), Some(10_000), Some(6000)));
         assert_eq!((usage.memory_limit, usage.rss, usage.major_faults, usage.swap), (None, Some(700), Some(2), None));
+        let transfers = Transfers { read_bytes: 4096, reads: 1, ..Transfers::default() };
+        assert_eq!((usage.transfers.get("254:0"), usage.own_processes), (Some(&transfers), Some(2)));
         let some = Stall { total_ns: 12_000, avg10: 1.5, avg60: 0.25, avg300: 0.0 };
         assert_eq!(usage.cpu_pressure, Some(Pressure { some, full: Stall::default() }));
     }
@@ -262,7 +371,17 @@ mod tests {
         let network = "Inter-|   Receive  |  Transmit\n face |bytes\n    lo: 1 0 0 0 0 0 0 0 1 0 0 0 0 0 0 0\n  \
                        eth0: 10 1 2 0 0 0 0 0 30 1 4 0 0 0 0 0\n";
         let usage = read(&v1::PodStats { network: network.into(), ..Default::default() }, 1);
-        let expected = Traffic { interface: "eth0".into(), rx_bytes: 10, rx_errors: 2, tx_bytes: 30, tx_errors: 4 };
+        let expected = Traffic {
+            interface: "eth0".into(),
+            rx_bytes: 10,
+            rx_packets: 1,
+            rx_errors: 2,
+            rx_dropped: 0,
+            tx_bytes: 30,
+            tx_packets: 1,
+            tx_errors: 4,
+            tx_dropped: 0,
+        };
         assert_eq!(usage.traffic, [expected]);
     }
 

@@ -39,16 +39,41 @@ impl Pod {
         &self,
         operation: impl for<'a> FnOnce(&'a mut Owner) -> Running<'a, Result<T>> + Send + 'static,
     ) -> Result<T> {
-        let gone = || Error::NotFound(format!("no pod {}", self.id));
         let (answer, result) = oneshot::channel();
         let operation: Operation = Box::new(move |owner| {
             let running = operation(owner);
             Box::pin(async move {
-                let result = running.await;
                 // A caller that has gone away does not want to know.
-                let _ = answer.send(result);
+                let _ = answer.send(running.await);
             })
         });
+        self.ask(operation, result).await
+    }
+
+    /// As [`Pod::run`], for what nobody could ever name if its caller has gone away: it is then not begun, or taken
+    /// back by `undo` in the same turn.
+    pub(super) async fn make<T: Send + 'static>(
+        &self,
+        operation: impl for<'a> FnOnce(&'a mut Owner) -> Running<'a, Result<T>> + Send + 'static,
+        undo: impl for<'a> FnOnce(&'a mut Owner) -> Running<'a, ()> + Send + 'static,
+    ) -> Result<T> {
+        let (answer, result) = oneshot::channel();
+        let operation: Operation = Box::new(move |owner| {
+            Box::pin(async move {
+                if answer.is_closed() {
+                    return;
+                }
+                let made = operation(owner).await;
+                if let Err(Ok(_)) = answer.send(made) {
+                    undo(owner).await;
+                }
+            })
+        });
+        self.ask(operation, result).await
+    }
+
+    async fn ask<T>(&self, operation: Operation, result: oneshot::Receiver<Result<T>>) -> Result<T> {
+        let gone = || Error::NotFound(format!("no pod {}", self.id));
         self.operations.send(operation).await.map_err(|_| gone())?;
         result.await.map_err(|_| gone())?
     }

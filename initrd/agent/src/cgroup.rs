@@ -38,18 +38,26 @@ const EXEC_PREFIX: &str = "exec-";
 const EVENTS_BYTES: usize = 256;
 
 /// What the host is told of a cgroup.
-const FIGURES: [&str; 10] = [
+const FIGURES: [&str; 15] = [
+    "cgroup.procs",
     "cpu.pressure",
     "cpu.stat",
     "io.pressure",
+    "io.stat",
     "memory.current",
+    "memory.events",
     "memory.max",
+    "memory.peak",
     "memory.pressure",
     "memory.stat",
     "memory.swap.current",
     "memory.swap.max",
     "pids.current",
+    "pids.max",
 ];
+
+/// Longest of them that the host is told, in bytes: the list of ten thousand processes.
+const FIGURE_BYTES: usize = 64 << 10;
 
 /// Why a cgroup could not be made or set.
 #[derive(Debug, Error)]
@@ -70,6 +78,14 @@ pub(crate) enum CgroupError {
     /// A name in `unified` that is a path.
     #[error("{0:?} is not the name of a cgroup file")]
     Name(String),
+    /// The kernel would kill to make it so.
+    #[error("the pod's containers use {used} bytes of memory, more than the new limit of {limit}")]
+    InUse {
+        /// Bytes.
+        used: u64,
+        /// Bytes.
+        limit: u64,
+    },
 }
 
 /// Puts the agent apart and makes room for containers.
@@ -113,7 +129,30 @@ pub(crate) fn pod_figures() -> v1::CgroupFiles {
 
 fn figures(path: &Path) -> v1::CgroupFiles {
     let read = |name: &&str| Some(((*name).to_owned(), fs::read_to_string(path.join(name)).ok()?));
-    v1::CgroupFiles { files: FIGURES.iter().filter_map(read).collect() }
+    let told = |(_, text): &(String, String)| text.len() <= FIGURE_BYTES;
+    v1::CgroupFiles { files: FIGURES.iter().filter_map(read).filter(told).collect() }
+}
+
+/// Sets what `resources` names for all containers together and leaves the rest.
+pub(crate) fn limit_pod(resources: &v1::Resources) -> Result<(), CgroupError> {
+    let path = Path::new(ROOT).join("pod");
+    let used = fs::read_to_string(path.join("memory.current")).ok().and_then(|text| text.trim().parse::<u64>().ok());
+    if let Some(used) = used.filter(|&used| resources.memory_limit > 0 && used > resources.memory_limit) {
+        return Err(CgroupError::InUse { used, limit: resources.memory_limit });
+    }
+    limit(&path, resources)
+}
+
+fn limit(path: &Path, resources: &v1::Resources) -> Result<(), CgroupError> {
+    for (file, value) in settings(resources)? {
+        let path = path.join(&file);
+        // A kernel without swap keeps every limit on it.
+        if file == SWAP_LIMIT && !path.exists() {
+            continue;
+        }
+        fs::write(path, &value).map_err(|source| CgroupError::Limit { file, value, source })?;
+    }
+    Ok(())
 }
 
 /// A container's cgroup, or an exec's below it.
@@ -150,15 +189,7 @@ impl Cgroup {
 
     /// Sets what `resources` names and leaves the rest.
     pub(crate) fn limit(&self, resources: &v1::Resources) -> Result<(), CgroupError> {
-        for (file, value) in settings(resources)? {
-            let path = self.path.join(&file);
-            // A kernel without swap keeps every limit on it.
-            if file == SWAP_LIMIT && !path.exists() {
-                continue;
-            }
-            fs::write(path, &value).map_err(|source| CgroupError::Limit { file, value, source })?;
-        }
-        Ok(())
+        limit(&self.path, resources)
     }
 
     /// Sends `SIGKILL` to all in it and below.

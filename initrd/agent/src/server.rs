@@ -12,7 +12,7 @@ use agent_protocol::{FrameError, VERSION, agree};
 use nix::sys::reboot::{RebootMode, reboot};
 
 use crate::agent::Agent;
-use crate::cgroup::{self, Cgroup};
+use crate::cgroup::{self, Cgroup, CgroupError};
 use crate::configure;
 use crate::connection::Connection;
 use crate::container::{Asker, Container, Holdings};
@@ -31,6 +31,14 @@ use crate::task::{Owner, Phase, Task};
 type Answer = Result<Option<reply::Result>, Fault>;
 
 const DONE: Option<reply::Result> = Some(reply::Result::Done(v1::Done {}));
+
+fn update_pod(call: &v1::UpdatePod) -> Answer {
+    match call.resources.as_ref().map(cgroup::limit_pod) {
+        Some(Err(error @ CgroupError::InUse { .. })) => Err(Fault::wrong_state(error.to_string())),
+        Some(result) => Ok(result.map(|()| DONE)?),
+        None => Ok(DONE),
+    }
+}
 
 /// The agent's opening word on every connection.
 pub(crate) fn hello() -> v1::Hello {
@@ -114,6 +122,7 @@ impl Agent {
             request::Call::PowerOff(_) => self.power_off(asker),
             request::Call::ReopenLog(call) => self.reopen_log(asker, &call.id),
             request::Call::UpdateContainer(call) => self.update(&call),
+            request::Call::UpdatePod(call) => update_pod(&call),
             request::Call::GetStats(_) => Ok(Some(reply::Result::Stats(self.stats()))),
         }
     }

@@ -5,6 +5,7 @@
 
 mod container;
 mod filter;
+mod metrics;
 mod pod;
 mod process;
 mod resources;
@@ -15,6 +16,7 @@ mod status;
 
 pub(super) use container::container_spec;
 pub(super) use filter::{container_matches, pod_matches};
+pub(super) use metrics::{metric_descriptors, pod_metrics};
 pub(super) use pod::pod_spec;
 pub(super) use process::numeric_user;
 pub(super) use resources::resources;

@@ -1,0 +1,141 @@
+//! Calls that `crictl` and critest do not make, as a kubelet makes them.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use cri_shim::cri::proto::{
+    ContainerConfig, ContainerMetadata, CreateContainerRequest, ImageSpec, LinuxContainerResources,
+    ListMetricDescriptorsRequest, ListPodSandboxMetricsRequest, Metric, PodSandboxMetrics,
+    UpdatePodSandboxResourcesRequest,
+};
+use pericarp_tests::{Client, Node, image, status_of, wait_until};
+use serde_json::json;
+use tonic::{Code, Status};
+
+const MIB: i64 = 1 << 20;
+
+/// A command that has this much memory at once, in busybox's words.
+const HUNDRED_MIB: [&str; 4] = ["dd", "if=/dev/zero", "of=/dev/null", "bs=100M"];
+
+fn metrics(client: &mut Client) -> Vec<PodSandboxMetrics> {
+    let request = ListPodSandboxMetricsRequest {};
+    client.ask(async |cri| cri.list_pod_sandbox_metrics(request).await).expect("answers").into_inner().pod_metrics
+}
+
+fn value(metrics: &[Metric], name: &str) -> u64 {
+    let metric = metrics.iter().find(|metric| metric.name == name).unwrap_or_else(|| panic!("no {name}: {metrics:?}"));
+    metric.value.expect("a metric has a value").value
+}
+
+#[test]
+fn metrics_are_cadvisors_and_the_guests() {
+    let node = Node::start();
+    node.crictl(["pull", image::BUSYBOX]).ok();
+    let mut client = Client::connect(&node.socket());
+    let request = ListMetricDescriptorsRequest {};
+    let descriptors = client.ask(async |cri| cri.list_metric_descriptors(request).await).expect("answers").into_inner();
+    let keys: BTreeMap<_, _> =
+        descriptors.descriptors.into_iter().map(|found| (found.name, found.label_keys)).collect();
+    assert!(metrics(&mut client).is_empty(), "no pods, no metrics");
+
+    let pod = node.run_pod("measured", &json!({}));
+    let busy = "yes >/dev/null & sleep 1000";
+    let container = node.run_container(&pod, "measured", "busy", image::BUSYBOX, &["sh", "-c", busy]);
+    let mut of_container = Vec::new();
+    wait_until("two seconds of CPU time", || {
+        let mut pods = metrics(&mut client);
+        assert_eq!((pods.len(), pods[0].pod_sandbox_id.as_str()), (1, pod.as_str()));
+        let metrics = pods.remove(0);
+        for metric in metrics.metrics.iter().chain(metrics.container_metrics.iter().flat_map(|of| &of.metrics)) {
+            assert_eq!(metric.label_values.len(), keys[&metric.name].len(), "{metric:?}");
+        }
+        assert!(metrics.metrics.iter().any(|metric| metric.name == "container_network_receive_bytes_total"));
+        let of = metrics.container_metrics.into_iter().find(|of| of.container_id == container);
+        of_container = of.expect("the container runs").metrics;
+        value(&of_container, "container_cpu_usage_seconds_total") >= 2
+    });
+    let find = |name: &str| of_container.iter().find(|metric| metric.name == name).expect("is there");
+    let labels = &find("container_memory_rss").label_values;
+    assert_eq!((labels[0].as_str(), labels[4].as_str(), labels[5].as_str()), ("busy", "test", "measured"));
+    assert_eq!(value(&of_container, "container_processes"), 2, "yes, and sleep in place of the shell");
+    assert!((1..64 << 20).contains(&value(&of_container, "container_memory_working_set_bytes")));
+    assert_eq!(value(&of_container, "container_oom_events_total"), 0);
+    node.remove_pod(&pod);
+}
+
+fn create_request(pod: &str, name: &str) -> CreateContainerRequest {
+    let config = ContainerConfig {
+        metadata: Some(ContainerMetadata { name: name.into(), attempt: 0 }),
+        image: Some(ImageSpec { image: image::BUSYBOX.into(), ..Default::default() }),
+        command: vec!["sleep".into(), "1000".into()],
+        ..Default::default()
+    };
+    CreateContainerRequest { pod_sandbox_id: pod.into(), config: Some(config), sandbox_config: None }
+}
+
+#[test]
+fn a_container_whose_client_has_gone_away_is_not_there() {
+    let node = Node::start();
+    node.crictl(["pull", image::BUSYBOX]).ok();
+    let pod = node.run_pod("left", &json!({}));
+    let all = || node.crictl(["ps", "--all", "--quiet"]).ok();
+    let mut late = 0;
+    // Some before it has begun, some in the middle, perhaps one that is in time.
+    for deadline in [1, 5, 15, 30, 60, 90, 120, 200] {
+        let request = create_request(&pod, "lonely");
+        let method = "runtime.v1.RuntimeService/CreateContainer";
+        match status_of(&node.socket(), method, &request, Duration::from_millis(deadline)).code() {
+            Code::DeadlineExceeded => {
+                late += 1;
+                wait_until("the container that nobody knows to be gone", || all().is_empty());
+            }
+            Code::Ok => drop(node.crictl(["rm", "--force", &all()]).ok()),
+            other => panic!("{deadline} ms: {other}"),
+        }
+    }
+    println!("{late} of 8 were late");
+    assert!(late >= 2, "only {late} were late");
+    let container = node.run_container(&pod, "left", "lonely", image::BUSYBOX, &["sleep", "1000"]);
+    assert_eq!(all(), container);
+    node.remove_pod(&pod);
+}
+
+fn resize(client: &mut Client, pod: &str, memory: i64, quota: i64) -> Result<(), Status> {
+    let resources = LinuxContainerResources {
+        memory_limit_in_bytes: memory,
+        cpu_quota: quota,
+        cpu_period: 100_000,
+        ..Default::default()
+    };
+    let resources = Some(resources);
+    let request = UpdatePodSandboxResourcesRequest { pod_sandbox_id: pod.into(), overhead: None, resources };
+    client.ask(async |cri| cri.update_pod_sandbox_resources(request).await).map(drop)
+}
+
+#[test]
+fn a_pods_limits_change_while_it_runs() {
+    let node = Node::start();
+    node.crictl(["pull", image::BUSYBOX]).ok();
+    let mut client = Client::connect(&node.socket());
+    let limits = json!({"linux": {"resources": {"memory_limit_in_bytes": 256 * MIB, "cpu_quota": 100_000}}});
+    let pod = node.run_pod("resized", &limits);
+    let container = node.run_container(&pod, "resized", "c", image::BUSYBOX, &["sleep", "1000"]);
+    let uses_memory = || {
+        let command = [&["exec", "--sync", &container][..], &HUNDRED_MIB, &["count=1"]].concat();
+        node.crictl(command).code == 0
+    };
+    assert!(uses_memory());
+    resize(&mut client, &pod, 64 * MIB, 50_000).expect("it fits");
+    assert!(!uses_memory(), "it is over the new limit");
+    resize(&mut client, &pod, 200 * MIB, 50_000).expect("it fits");
+    assert!(uses_memory());
+
+    let too_much = resize(&mut client, &pod, 4096 * MIB, 0).expect_err("the VM is smaller");
+    assert_eq!(too_much.code(), Code::ResourceExhausted, "{too_much}");
+    let too_little = resize(&mut client, &pod, 4096, 0).expect_err("more is in use");
+    assert_eq!(too_little.code(), Code::FailedPrecondition, "{too_little}");
+    let nobody = resize(&mut client, "nobody", MIB, 0).expect_err("there is no such pod");
+    assert_eq!(nobody.code(), Code::NotFound, "{nobody}");
+    assert!(uses_memory(), "what is refused changes nothing");
+    node.remove_pod(&pod);
+}
