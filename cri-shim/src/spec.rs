@@ -39,6 +39,29 @@ pub struct PodSpec {
     pub share_pid_namespace: bool,
     /// Where the network comes from.
     pub network: NetworkSource,
+    /// The user namespace of all its containers; `None` leaves them the guest's.
+    #[serde(default)]
+    pub users: Option<UserMappings>,
+}
+
+/// What a user namespace maps.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UserMappings {
+    /// Users.
+    pub uids: Vec<IdMapping>,
+    /// Groups.
+    pub gids: Vec<IdMapping>,
+}
+
+/// A run of users or groups.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdMapping {
+    /// First number in containers.
+    pub container_id: u32,
+    /// First number outside: in the guest, and on the host as owner of volumes.
+    pub host_id: u32,
+    /// How many.
+    pub length: u32,
 }
 
 /// Longest name that a host takes by itself, in bytes: a DNS label, as the kubelet has it.
@@ -265,6 +288,9 @@ pub struct MountSpec {
     /// Whether what is mounted below it refuses them too, as asked for; what is copied into a guest does so anyway.
     #[serde(default)]
     pub recursive_read_only: bool,
+    /// Whether its owners are numbers in the pod's user namespace.
+    #[serde(default)]
+    pub mapped: bool,
 }
 
 /// What is mounted.

@@ -1,6 +1,9 @@
 //! Calls that `crictl` and critest do not make, as a kubelet makes them.
 
 use std::collections::BTreeMap;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::time::Duration;
 
 use cri_shim::cri::proto::{
@@ -137,5 +140,45 @@ fn a_pods_limits_change_while_it_runs() {
     let nobody = resize(&mut client, "nobody", MIB, 0).expect_err("there is no such pod");
     assert_eq!(nobody.code(), Code::NotFound, "{nobody}");
     assert!(uses_memory(), "what is refused changes nothing");
+    node.remove_pod(&pod);
+}
+
+#[test]
+fn root_of_a_user_namespace_owns_its_container_and_nothing_else() {
+    let node = Node::start();
+    node.crictl(["pull", image::BUSYBOX]).ok();
+    let mapping = json!([{"container_id": 0, "host_id": 70_000, "length": 65_536}]);
+    let users = json!({"pid": 1, "userns_options": {"mode": 0, "uids": mapping, "gids": mapping}});
+    let context = json!({"linux": {"security_context": {"namespace_options": users}}});
+    let pod = node.run_pod("mapped", &context);
+    let files = node.directory().join("mapped-files");
+    fs::create_dir_all(&files).expect("the test's directory is writable");
+    fs::write(files.join("key"), "value").expect("the test's directory is writable");
+    fs::set_permissions(files.join("key"), Permissions::from_mode(0o600)).expect("it is ours");
+    let mount = json!({"container_path": "/files", "host_path": files, "readonly": true,
+                       "uidMappings": mapping, "gidMappings": mapping});
+    let more = json!({"mounts": [mount], "linux": {"security_context": {"namespace_options": users}}});
+    let config = node.container_config("c", image::BUSYBOX, &["sleep", "1000"], &more);
+    let path = |path: &Path| path.to_str().expect("a plain path").to_owned();
+    let pod_config = node.pod_config("mapped", &context);
+    let container = node.crictl(["create", "--no-pull", &pod, &path(&config), &path(&pod_config)]).ok();
+    node.crictl(["start", &container]).ok();
+    let run = |script: &str| node.crictl(["exec", "--sync", &container, "sh", "-c", script]).ok();
+
+    assert_eq!(run("cat /proc/self/uid_map").split_whitespace().collect::<Vec<_>>(), ["0", "70000", "65536"]);
+    assert_eq!(run("cat /proc/1/gid_map"), run("cat /proc/self/gid_map"), "the container's own process has it too");
+    let owner = |path: &str| run(&format!("stat -c '%u:%g' {path}"));
+    for path in ["/", "/bin/busybox", "/dev", "/dev/null", "/etc/hosts", "/files/key", "/proc/1/status"] {
+        assert_eq!(owner(path), "0:0", "{path}");
+    }
+    assert_eq!(owner("/proc/sys/kernel"), "65534:65534", "the guest's root is nobody here");
+    assert_eq!(run("cat /files/key"), "value");
+    // What it writes, changes and gives away is its own.
+    assert_eq!(run("mkdir -p /new/dir && chown 33:33 /new/dir && stat -c %u:%g /new /new/dir"), "0:0\n33:33");
+    run("chown 1:2 /bin/busybox && test $(stat -c %u:%g /bin/busybox) = 1:2");
+    // Ports below 1024, as in a network namespace of its own.
+    run("nc -l -p 80 </dev/null >/dev/null & sleep 1; netstat -ltn | grep -q ':80 '; kill $!");
+    node.crictl(["exec", "--sync", &container, "sh", "-c", "umount /proc"]).refused();
+    node.crictl(["exec", "--sync", &container, "sh", "-c", "hostname other"]).refused();
     node.remove_pod(&pod);
 }

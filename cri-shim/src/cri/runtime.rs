@@ -106,7 +106,7 @@ impl RuntimeService for Node {
     }
 
     async fn status(&self, request: Request<StatusRequest>) -> Answer<StatusResponse> {
-        let features = RuntimeHandlerFeatures { recursive_read_only_mounts: true, user_namespaces: false };
+        let features = RuntimeHandlerFeatures { recursive_read_only_mounts: true, user_namespaces: true };
         let handler = |name: &str| RuntimeHandler { name: name.to_owned(), features: Some(features) };
         let network = self.network.configuration().ok();
         let verbose = request.get_ref().verbose;

@@ -1,12 +1,16 @@
 //! From what a caller asked for to what the agent is told. Pure translation.
 
+use std::collections::HashMap;
+
 use agent_protocol::v1;
 
 use crate::error::{Error, Result};
 use crate::network::{Attachment, INTERFACE};
 use crate::pod::files;
 use crate::record::{ContainerRecord, DiskRecord, Record};
-use crate::spec::{ContainerSpec, Dns, MountSource, PidNamespace, ProcessSpec, Resources, Rootfs};
+use crate::spec::{
+    ContainerSpec, Dns, IdMapping, MountSource, PidNamespace, PodSpec, ProcessSpec, Resources, Rootfs, UserMappings,
+};
 
 /// The guest's NIC, of which there is one.
 const NIC: u32 = 0;
@@ -18,14 +22,35 @@ pub(super) fn configure(record: &Record, attachment: &Attachment, realtime_ns: u
         hostname: spec.hostname().into(),
         realtime_ns,
         seed,
-        sysctls: spec.sysctls.clone().into_iter().collect(),
+        sysctls: sysctls(spec),
         interfaces: interface(attachment).into_iter().collect(),
         routes: attachment.routes.iter().map(route).collect(),
         neighbours: attachment.neighbours.iter().map(neighbour).collect(),
         scratch: record.disks.iter().find(|disk| disk.image.is_none()).map(range),
         shm_bytes: 0,
         share_pid_namespace: spec.share_pid_namespace,
+        user_namespace: spec.users.as_ref().map(user_namespace),
     }
+}
+
+/// What root of a user namespace may do in a network namespace that is its own, it may in the guest's, which is the
+/// pod's alone: listen on every port, and send pings.
+const OF_OWN_NETWORK: [(&str, &str); 2] =
+    [("net.ipv4.ip_unprivileged_port_start", "0"), ("net.ipv4.ping_group_range", "0 2147483647")];
+
+fn sysctls(spec: &PodSpec) -> HashMap<String, String> {
+    let defaults = OF_OWN_NETWORK.into_iter().filter(|_| spec.users.is_some());
+    let defaults = defaults.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    defaults.chain(spec.sysctls.clone()).collect()
+}
+
+fn user_namespace(users: &UserMappings) -> v1::UserNamespace {
+    let mappings = |list: &[IdMapping]| {
+        let mapping =
+            |&IdMapping { container_id, host_id, length }: &IdMapping| v1::IdMapping { container_id, host_id, length };
+        list.iter().map(mapping).collect()
+    };
+    v1::UserNamespace { uids: mappings(&users.uids), gids: mappings(&users.gids) }
 }
 
 fn interface(attachment: &Attachment) -> Option<v1::Interface> {
@@ -171,6 +196,7 @@ fn mounts(record: &Record, spec: &ContainerSpec) -> Result<Vec<v1::Mount>> {
             destination: path.into(),
             source: Some(v1::mount::Source::Files(files::text(text))),
             read_only: spec.read_only_rootfs,
+            mapped: true,
         })
         .collect::<Vec<_>>();
     for mount in &spec.mounts {
@@ -182,7 +208,7 @@ fn mounts(record: &Record, spec: &ContainerSpec) -> Result<Vec<v1::Mount>> {
             MountSource::Tmpfs { size, mode } => v1::mount::Source::Tmpfs(v1::Tmpfs { size_bytes: *size, mode: *mode }),
             MountSource::Image(image) => v1::mount::Source::Image(image_range(record, image)?),
         };
-        mounts.push(v1::Mount { destination, source: Some(source), read_only: mount.read_only });
+        mounts.push(v1::Mount { destination, source: Some(source), read_only: mount.read_only, mapped: mount.mapped });
     }
     mounts.sort_by_key(|mount| mount.destination.split('/').filter(|name| !name.is_empty()).count());
     Ok(mounts)
@@ -229,7 +255,7 @@ mod tests {
 
     use super::*;
     use crate::record::tests::record;
-    use crate::spec::{MountSpec, PodSpec};
+    use crate::spec::MountSpec;
 
     fn spec(mounts: &[(&str, MountSource)]) -> ContainerSpec {
         let mounts = mounts.iter().map(|(destination, source)| MountSpec {
@@ -237,6 +263,7 @@ mod tests {
             source: source.clone(),
             read_only: true,
             recursive_read_only: false,
+            mapped: false,
         });
         ContainerSpec { mounts: mounts.collect(), ..ContainerSpec::default() }
     }
@@ -265,6 +292,15 @@ mod tests {
         };
         record.spec = Arc::new(PodSpec { dns: Some(full), ..PodSpec::default() });
         assert_eq!(resolv_conf(&record), "search a b\nnameserver 1.1.1.1\noptions x:1\n");
+    }
+
+    #[test]
+    fn a_user_namespace_keeps_its_network_usable() {
+        let named = ("net.ipv4.ping_group_range".to_owned(), "1 0".to_owned());
+        let plain = PodSpec { sysctls: [named.clone()].into(), ..PodSpec::default() };
+        assert_eq!(sysctls(&plain), [named.clone()].into());
+        let own = sysctls(&PodSpec { users: Some(UserMappings::default()), ..plain });
+        assert_eq!((own.len(), own.get(&named.0)), (2, Some(&named.1)), "what the pod names holds");
     }
 
     #[test]

@@ -28,6 +28,7 @@ use crate::sys;
 use crate::task::{News, Owner, Phase, Task, exit_of};
 use crate::time;
 use crate::transport::{Transport, accept};
+use crate::userns::UserSpace;
 
 /// Pieces of output moved for one process before others have their turn.
 const ROUNDS: usize = 16;
@@ -44,6 +45,8 @@ pub(crate) struct Agent {
     pub(crate) containers: BTreeMap<String, Container>,
     /// PID 1 of the process table that containers share, once one of them wants it.
     pub(crate) pod_reaper: Option<(Pid, OwnedFd)>,
+    /// Whose users the containers have; `None` is the guest's.
+    pub(crate) users: Option<UserSpace>,
     last_number: u32,
     signals: Watched<SignalFd>,
     control_listener: Watched<OwnedFd>,
@@ -70,6 +73,7 @@ impl Agent {
             tasks: BTreeMap::new(),
             containers: BTreeMap::new(),
             pod_reaper: None,
+            users: None,
             last_number: 0,
         };
         agent.signals.want(&agent.poll, EpollFlags::EPOLLIN)?;

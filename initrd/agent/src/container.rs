@@ -16,7 +16,8 @@ use crate::log::Log;
 use crate::mounts::{self, FILES, MEMORY_ROOTS, SCRATCH};
 use crate::plan::{ContainerPlan, ProcessPlan};
 use crate::poll::Watched;
-use crate::rootfs::{Mount, Root, Source};
+use crate::rootfs::{self, Owners, Root, Source};
+use crate::userns::UserSpace;
 
 /// Who waits for an answer: a control connection and its request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,7 +58,9 @@ impl Holdings {
         plan: &mut ContainerPlan,
         layers: &[DiskRange],
         disk: &mut Disk,
+        users: Option<&UserSpace>,
     ) -> Result<Root, Fault> {
+        let owners = users.map_or(Owners::default(), Owners::of);
         let mut image = |range: DiskRange, held: &mut Vec<Held>| {
             disk.acquire_image(range).inspect(|_| held.push(Held::Image(range)))
         };
@@ -78,14 +81,15 @@ impl Holdings {
                     return Err(Fault::new(v1::error::Kind::Invalid, text));
                 }
             };
-            list.push(Mount { destination: asked.destination.clone(), source, read_only: asked.read_only });
+            let v1::Mount { destination, read_only, mapped, .. } = asked.clone();
+            list.push(rootfs::Mount { destination, source, read_only, mapped });
         }
         let writable = self.directory(if disk.has_scratch() { SCRATCH } else { MEMORY_ROOTS }, &plan.id)?;
         for name in ["upper", "work"] {
             fs::create_dir(writable.join(name))?;
         }
         if let Some(top) = lowers.first() {
-            copy_attributes(top, &writable.join("upper"))?;
+            copy_attributes(top, &writable.join("upper"), users)?;
         }
         Ok(Root {
             lowers,
@@ -97,6 +101,7 @@ impl Holdings {
             readonly_paths: std::mem::take(&mut plan.readonly_paths),
             cwd: plan.process.cwd.clone(),
             privileged: plan.privileged,
+            owners,
         })
     }
 
@@ -117,9 +122,11 @@ impl Holdings {
 }
 
 /// An overlay's root looks like its upper directory; it is to look like the image's.
-fn copy_attributes(from: &Path, to: &Path) -> std::io::Result<()> {
+fn copy_attributes(from: &Path, to: &Path, users: Option<&UserSpace>) -> std::io::Result<()> {
     let metadata = fs::metadata(from)?;
-    std::os::unix::fs::chown(to, Some(metadata.uid()), Some(metadata.gid()))?;
+    let owner = (metadata.uid(), metadata.gid());
+    let (uid, gid) = users.map_or(owner, |users| users.outside(owner.0, owner.1));
+    std::os::unix::fs::chown(to, Some(uid), Some(gid))?;
     fs::set_permissions(to, metadata.permissions())
 }
 

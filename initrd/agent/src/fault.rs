@@ -9,6 +9,7 @@ use crate::disk::DiskError;
 use crate::files::FilesError;
 use crate::plan::PlanError;
 use crate::process::ProcessError;
+use crate::userns::UserSpaceError;
 
 /// A refusal.
 #[derive(Debug)]
@@ -66,5 +67,6 @@ told_as! {
     FilesError => Kind::Invalid,
     PlanError => Kind::Invalid,
     ProcessError => Kind::Internal,
+    UserSpaceError => Kind::Invalid,
     std::io::Error => Kind::Internal,
 }

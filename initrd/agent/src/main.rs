@@ -32,6 +32,7 @@ mod sys;
 mod task;
 mod time;
 mod transport;
+mod userns;
 mod users;
 
 use std::error::Error;

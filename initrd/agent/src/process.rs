@@ -26,6 +26,7 @@ use thiserror::Error;
 use crate::plan::ProcessPlan;
 use crate::rootfs::{self, Root, RootError};
 use crate::sys::{self, Fork};
+use crate::userns::UserSpace;
 use crate::users::{Databases, Identity, UserError};
 
 /// Exit status of a process that never became its program, as shells have it.
@@ -156,6 +157,8 @@ pub(crate) enum PidSpace<'a> {
 pub(crate) struct Job<'a> {
     pub(crate) plan: &'a ProcessPlan,
     pub(crate) surroundings: Surroundings<'a>,
+    /// The user namespace it joins; `None` leaves it in the guest's.
+    pub(crate) users: Option<&'a UserSpace>,
     pub(crate) pid_space: PidSpace<'a>,
     pub(crate) cgroup: BorrowedFd<'a>,
     /// Standard input, output and error.
@@ -196,9 +199,14 @@ impl Job<'_> {
     /// The child, to its end.
     fn live(&self, status: &OwnedFd) -> ! {
         let stdio = self.stdio.map(|fd| fd.as_raw_fd());
-        let laid_out = lay_out(stdio, status.as_raw_fd(), &self.surroundings);
+        let target = match &self.surroundings {
+            Surroundings::New(_) => None,
+            Surroundings::Of(pidfd) => Some(pidfd.as_raw_fd()),
+        };
+        let users = self.users.map(|users| users.fd().as_raw_fd());
+        let laid_out = lay_out(stdio, status.as_raw_fd(), [target, users]);
         let status = sys::adopt(STATUS_FD);
-        let failed = laid_out.and_then(|target| self.become_program(&status, target));
+        let failed = laid_out.and_then(|[target, users]| self.become_program(&status, target, users.as_ref()));
         if let Err(error) = failed {
             // If nobody listens any more, the exit status still tells.
             let _ = send(status.as_raw_fd(), &error.report().encode(), MsgFlags::MSG_NOSIGNAL);
@@ -207,13 +215,18 @@ impl Job<'_> {
     }
 
     /// Returns only an error.
-    fn become_program(&self, status: &OwnedFd, target: Option<OwnedFd>) -> Result<(), ProcessError> {
+    fn become_program(
+        &self,
+        status: &OwnedFd,
+        target: Option<OwnedFd>,
+        users: Option<&OwnedFd>,
+    ) -> Result<(), ProcessError> {
         setsid().map_err(step("start a session"))?;
         sys::set_dumpable(false).map_err(step("hide from the container"))?;
         sys::reset_signals();
         fs::write("/proc/self/oom_score_adj", self.plan.oom_score_adj.to_string())
             .map_err(step("set the OOM score"))?;
-        self.enter(target)?;
+        self.enter(target, users)?;
         let (identity, environment) = self.identify()?;
         let program = self.find(&environment)?;
         let terminal = if self.plan.terminal { Some(self.open_terminal()?) } else { None };
@@ -226,16 +239,16 @@ impl Job<'_> {
         if let Some((_, terminal)) = &terminal {
             take_terminal(terminal).map_err(step("take the terminal"))?;
         }
-        self.give_up_privileges(&identity)?;
+        self.give_up_privileges(&identity, users)?;
         Err(self.execute(&program, &environment))
     }
 
-    fn enter(&self, target: Option<OwnedFd>) -> Result<(), ProcessError> {
+    fn enter(&self, target: Option<OwnedFd>, users: Option<&OwnedFd>) -> Result<(), ProcessError> {
         match (&self.surroundings, target) {
             (Surroundings::New(root), _) => {
                 // Only now, because the cgroup at the time of the fork was still the agent's.
                 unshare(CloneFlags::CLONE_NEWCGROUP).map_err(step("make a cgroup namespace"))?;
-                Ok(root.enter()?)
+                Ok(root.enter(users.map(AsFd::as_fd))?)
             }
             (Surroundings::Of(_), Some(target)) => setns(target, CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWCGROUP)
                 .map_err(step("enter the container")),
@@ -279,16 +292,27 @@ impl Job<'_> {
         let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
         let master = open("/dev/ptmx", flags, Mode::empty()).map_err(step("open /dev/ptmx"))?;
         let terminal = sys::open_terminal(master.as_fd()).map_err(step("open a terminal"))?;
-        if matches!(self.surroundings, Surroundings::New(_)) {
-            rootfs::bind_console(&terminal)?;
+        if let Surroundings::New(root) = &self.surroundings {
+            rootfs::bind_console(&terminal, root.owners)?;
         }
         Ok((master, terminal))
     }
 
-    fn give_up_privileges(&self, identity: &Identity) -> Result<(), ProcessError> {
+    /// Makes the container's users this process's own: root of them, and nobody in the guest. Mounts get an owner that is
+    /// one of them too, and those that are there can no longer be taken apart (mount_namespaces(7), "Restrictions").
+    fn join(&self, users: &OwnedFd) -> Result<(), ProcessError> {
+        setns(users, CloneFlags::CLONE_NEWUSER).map_err(step("join the user namespace"))?;
+        match self.surroundings {
+            Surroundings::New(_) => unshare(CloneFlags::CLONE_NEWNS).map_err(step("make a mount namespace")),
+            Surroundings::Of(_) => Ok(()),
+        }
+    }
+
+    fn give_up_privileges(&self, identity: &Identity, users: Option<&OwnedFd>) -> Result<(), ProcessError> {
         let plan = self.plan;
+        let uid = self.users.map_or(identity.uid, |users| users.outside(identity.uid, identity.gid).0);
         for fd in [0, 1, 2] {
-            own_stdio(fd, identity.uid).map_err(step("hand over the standard streams"))?;
+            own_stdio(fd, uid).map_err(step("hand over the standard streams"))?;
         }
         if !plan.rlimits.iter().any(|(resource, ..)| *resource == Resource::RLIMIT_NOFILE) {
             let limited = getrlimit(Resource::RLIMIT_NOFILE)
@@ -297,6 +321,9 @@ impl Job<'_> {
         }
         for &(resource, soft, hard) in &plan.rlimits {
             setrlimit(resource, soft, hard).map_err(step("set a resource limit"))?;
+        }
+        if let Some(users) = users {
+            self.join(users)?;
         }
         let confine = || sys::install_seccomp(&plan.seccomp).map_err(step("install the seccomp filter"));
         // Without no_new_privs a filter needs CAP_SYS_ADMIN, which may be gone a few lines on.
@@ -351,14 +378,14 @@ fn within(space: PidSpace<'_>, fork: impl FnOnce() -> io::Result<Fork>) -> io::R
     forked
 }
 
-/// Places standard streams, the status channel and (for an exec) the target's pidfd, and closes all else: what the
-/// agent holds for other containers must not stay open here.
-fn lay_out(stdio: [RawFd; 3], status: RawFd, surroundings: &Surroundings<'_>) -> Result<Option<OwnedFd>, ProcessError> {
-    let target = match surroundings {
-        Surroundings::New(_) => None,
-        Surroundings::Of(pidfd) => Some(pidfd.as_raw_fd()),
-    };
-    let sources: Vec<RawFd> = stdio.into_iter().chain([status]).chain(target).collect();
+/// Places standard streams, the status channel and what `others` there are, and closes all else: what the agent holds
+/// for other containers must not stay open here.
+fn lay_out<const N: usize>(
+    stdio: [RawFd; 3],
+    status: RawFd,
+    others: [Option<RawFd>; N],
+) -> Result<[Option<OwnedFd>; N], ProcessError> {
+    let sources: Vec<RawFd> = stdio.into_iter().chain([status]).chain(others.into_iter().flatten()).collect();
     let failed = step("lay out descriptors");
     // First out of the way of each other, then into place.
     let away: Vec<RawFd> =
@@ -368,7 +395,8 @@ fn lay_out(stdio: [RawFd; 3], status: RawFd, surroundings: &Surroundings<'_>) ->
     }
     let kept = RawFd::try_from(sources.len()).unwrap_or(RawFd::MAX);
     sys::close_from(kept).map_err(&failed)?;
-    Ok(target.map(|_| sys::adopt(STATUS_FD + 1)))
+    let mut places = STATUS_FD + 1..;
+    Ok(others.map(|other| other.and_then(|_| places.next()).map(sys::adopt)))
 }
 
 /// Any message means "go"; the end means that the agent has given this process up.

@@ -6,9 +6,9 @@
 use std::ffi::CString;
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, symlink};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, lchown, symlink};
 use std::path::{Component, Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -19,6 +19,7 @@ use thiserror::Error;
 use crate::devices::Node;
 use crate::mounts::{self, MountError, SHM, STAGE};
 use crate::sys;
+use crate::userns::UserSpace;
 
 /// Why a container has no file systems.
 #[derive(Debug, Error)]
@@ -49,6 +50,59 @@ pub(crate) struct Mount {
     pub(crate) destination: String,
     pub(crate) source: Source,
     pub(crate) read_only: bool,
+    /// Owners are shown as those of the pod's user namespace.
+    pub(crate) mapped: bool,
+}
+
+/// The guest's numbers for whom things in a container belong to that the agent makes there.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Owners {
+    /// The container's root.
+    root: (u32, u32),
+    /// Group of terminals; 0 is the usual one.
+    terminals: u32,
+}
+
+/// Group of terminals, by custom.
+const TTY_GROUP: u32 = 5;
+
+impl Owners {
+    /// Those of a user namespace.
+    pub(crate) fn of(users: &UserSpace) -> Self {
+        Self { root: users.outside(0, 0), terminals: users.outside(0, TTY_GROUP).1 }
+    }
+
+    /// Mount options of a file system that is the container's.
+    fn options(self) -> String {
+        let (uid, gid) = self.root;
+        if self.root == (0, 0) { String::new() } else { format!(",uid={uid},gid={gid}") }
+    }
+
+    /// Gives away what the agent has just made.
+    fn give(self, path: &Path) -> io::Result<()> {
+        let (uid, gid) = self.root;
+        if self.root == (0, 0) { Ok(()) } else { lchown(path, Some(uid), Some(gid)) }
+    }
+
+    /// With its parents.
+    fn make_directory(self, path: &Path) -> io::Result<()> {
+        let path = resolve(path)?;
+        let missing: Vec<_> = path.ancestors().take_while(|path| fs::symlink_metadata(path).is_err()).collect();
+        DirBuilder::new().recursive(true).mode(0o755).create(&path)?;
+        missing.into_iter().try_for_each(|path| self.give(path))
+    }
+
+    fn make_file(self, path: &Path) -> io::Result<()> {
+        let path = resolve(path)?;
+        if fs::symlink_metadata(&path).is_ok() {
+            return Ok(());
+        }
+        if let Some(parent) = path.parent() {
+            self.make_directory(parent)?;
+        }
+        OpenOptions::new().write(true).create_new(true).mode(0o644).open(&path)?;
+        self.give(&path)
+    }
 }
 
 /// Everything a container's mount namespace will hold.
@@ -67,6 +121,7 @@ pub(crate) struct Root {
     pub(crate) cwd: String,
     /// /sys and /sys/fs/cgroup can be written.
     pub(crate) privileged: bool,
+    pub(crate) owners: Owners,
 }
 
 const NONE: Option<&str> = None;
@@ -82,19 +137,20 @@ fn place(what: &'static str, path: &str) -> impl Fn(io::Error) -> RootError {
 }
 
 impl Root {
-    /// Makes the calling process's mount namespace the container's.
-    pub(crate) fn enter(&self) -> Result<(), RootError> {
+    /// Makes the calling process's mount namespace the container's. `users` is the user namespace it will join.
+    pub(crate) fn enter(&self, users: Option<BorrowedFd<'_>>) -> Result<(), RootError> {
         umask(Mode::empty());
-        self.mount_overlay()?;
-        let picked = self.pick_up()?;
+        self.mount_overlay(users)?;
+        let picked = self.pick_up(users)?;
         let shm = clone_mount(Path::new(SHM)).map_err(place("take", SHM))?;
         pivot()?;
         self.mount_standard(&shm)?;
         for (mount, source) in self.mounts.iter().zip(picked) {
-            mount.attach(source)?;
+            mount.attach(source, self.owners)?;
         }
         self.make_nodes()?;
-        make_directory(Path::new(&self.cwd)).map_err(place("make the working directory", &self.cwd))?;
+        let made = self.owners.make_directory(Path::new(&self.cwd));
+        made.map_err(place("make the working directory", &self.cwd))?;
         self.readonly_paths.iter().try_for_each(|path| make_read_only(path))?;
         self.masked_paths.iter().try_for_each(|path| mask(path))?;
         if self.read_only {
@@ -105,19 +161,40 @@ impl Root {
         Ok(())
     }
 
-    fn mount_overlay(&self) -> Result<(), RootError> {
-        let lowers: Vec<_> = self.lowers.iter().map(|lower| lower.to_string_lossy()).collect();
+    fn mount_overlay(&self, users: Option<BorrowedFd<'_>>) -> Result<(), RootError> {
+        let lowers = match users {
+            Some(users) => self.map_lowers(users).map_err(place("show owners mapped", "/"))?,
+            None => self.lowers.clone(),
+        };
+        let lowers: Vec<_> = lowers.iter().map(|lower| lower.to_string_lossy()).collect();
         let writable = self.writable.display();
         let options = format!("lowerdir={},upperdir={writable}/upper,workdir={writable}/work", lowers.join(":"));
         mount(Some("overlay"), STAGE, Some("overlay"), MsFlags::empty(), Some(options.as_str()))
             .map_err(step("mount the container's root"))
     }
 
+    /// The image's layers once more, in this mount namespace, their owners those of a user namespace. What is copied up
+    /// from there has its owner in the guest's numbers; so has all that the container writes.
+    fn map_lowers(&self, users: BorrowedFd<'_>) -> io::Result<Vec<PathBuf>> {
+        let map = |(number, lower): (usize, &PathBuf)| {
+            let place = self.writable.join(format!("lower-{number}"));
+            fs::create_dir(&place)?;
+            let mount = clone_mount(lower)?;
+            sys::map_owners(mount.as_fd(), users)?;
+            sys::attach_mount(mount.as_fd(), &CString::new(place.as_os_str().as_bytes())?)?;
+            Ok(place)
+        };
+        self.lowers.iter().enumerate().map(map).collect()
+    }
+
     /// Mounts from the agent's tree, while that can still be seen.
-    fn pick_up(&self) -> Result<Vec<Option<OwnedFd>>, RootError> {
+    fn pick_up(&self, users: Option<BorrowedFd<'_>>) -> Result<Vec<Option<OwnedFd>>, RootError> {
         let pick = |mount: &Mount| {
             let Source::Path(path) = &mount.source else { return Ok(None) };
             let taken = clone_mount(path).map_err(place("mount", &mount.destination))?;
+            if let Some(users) = users.filter(|_| mount.mapped) {
+                sys::map_owners(taken.as_fd(), users).map_err(place("show owners mapped", &mount.destination))?;
+            }
             if mount.read_only {
                 sys::mount_read_only(taken.as_fd()).map_err(place("make read-only", &mount.destination))?;
             }
@@ -130,15 +207,17 @@ impl Root {
     fn mount_standard(&self, shm: &OwnedFd) -> Result<(), RootError> {
         let flags = if self.privileged { HARDENED } else { HARDENED | MsFlags::MS_RDONLY };
         for directory in ["/proc", "/dev", "/sys"] {
-            make_directory(Path::new(directory)).map_err(place("make", directory))?;
+            self.owners.make_directory(Path::new(directory)).map_err(place("make", directory))?;
         }
         mounts::mount_kind("proc", "/proc", HARDENED, "")?;
-        mounts::mount_kind("tmpfs", "/dev", MsFlags::MS_NOSUID | MsFlags::MS_STRICTATIME, "mode=0755,size=65536k")?;
+        let options = format!("mode=0755,size=65536k{}", self.owners.options());
+        mounts::mount_kind("tmpfs", "/dev", MsFlags::MS_NOSUID | MsFlags::MS_STRICTATIME, &options)?;
         for directory in ["/dev/pts", "/dev/shm", "/dev/mqueue"] {
-            make_directory(Path::new(directory)).map_err(place("make", directory))?;
+            self.owners.make_directory(Path::new(directory)).map_err(place("make", directory))?;
         }
-        let options = "newinstance,ptmxmode=0666,mode=0620,gid=5";
-        mounts::mount_kind("devpts", "/dev/pts", MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, options)?;
+        let group = if self.owners.terminals == 0 { TTY_GROUP } else { self.owners.terminals };
+        let options = format!("newinstance,ptmxmode=0666,mode=0620,gid={group}");
+        mounts::mount_kind("devpts", "/dev/pts", MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, &options)?;
         sys::attach_mount(shm.as_fd(), c"/dev/shm").map_err(place("mount", "/dev/shm"))?;
         mounts::mount_kind("mqueue", "/dev/mqueue", HARDENED, "")?;
         mounts::mount_kind("sysfs", "/sys", flags, "")?;
@@ -150,18 +229,20 @@ impl Root {
             ("/proc/self/fd/2", "/dev/stderr"),
             ("pts/ptmx", "/dev/ptmx"),
         ];
-        links.into_iter().try_for_each(|(target, link)| symlink(target, link).map_err(place("make", link)))
+        let make = |link: &str, target| symlink(target, link).and_then(|()| self.owners.give(Path::new(link)));
+        links.into_iter().try_for_each(|(target, link)| make(link, target).map_err(place("make", link)))
     }
 
     fn make_nodes(&self) -> Result<(), RootError> {
         for node in &self.nodes {
             let path = node.path.to_string_lossy();
             if let Some(parent) = node.path.parent() {
-                make_directory(parent).map_err(place("make the directory of", &path))?;
+                self.owners.make_directory(parent).map_err(place("make the directory of", &path))?;
             }
             let kind = SFlag::from_bits_truncate(node.mode & libc::S_IFMT);
             match mknod(&node.path, kind, Mode::from_bits_truncate(node.mode), node.device) {
-                Ok(()) | Err(nix::Error::EEXIST) => {}
+                Ok(()) => self.owners.give(&node.path).map_err(place("give away", &path))?,
+                Err(nix::Error::EEXIST) => {}
                 Err(error) => return Err(place("make the device", &path)(error.into())),
             }
         }
@@ -170,7 +251,7 @@ impl Root {
 }
 
 impl Mount {
-    fn attach(&self, source: Option<OwnedFd>) -> Result<(), RootError> {
+    fn attach(&self, source: Option<OwnedFd>, owners: Owners) -> Result<(), RootError> {
         let destination = Path::new(&self.destination);
         let failed = place("mount", &self.destination);
         let directory = match &source {
@@ -178,26 +259,26 @@ impl Mount {
             None => true,
         };
         if directory {
-            make_directory(destination).map_err(&failed)?;
+            owners.make_directory(destination).map_err(&failed)?;
         } else {
-            make_file(destination).map_err(&failed)?;
+            owners.make_file(destination).map_err(&failed)?;
         }
         match (&self.source, source) {
             (_, Some(source)) => {
                 let path = CString::new(self.destination.as_str()).map_err(|error| failed(error.into()))?;
                 sys::attach_mount(source.as_fd(), &path).map_err(failed)
             }
-            (Source::Tmpfs { size, mode }, None) => self.mount_tmpfs(*size, *mode),
+            (Source::Tmpfs { size, mode }, None) => self.mount_tmpfs(*size, *mode, owners),
             (Source::Path(_), None) => Ok(()),
         }
     }
 
-    fn mount_tmpfs(&self, size: u64, mode: u32) -> Result<(), RootError> {
+    fn mount_tmpfs(&self, size: u64, mode: u32, owners: Owners) -> Result<(), RootError> {
         let mode = if mode == 0 { 0o1777 } else { mode & 0o7777 };
         let size = if size > 0 { format!(",size={size}") } else { String::new() };
         let mut flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
         flags.set(MsFlags::MS_RDONLY, self.read_only);
-        Ok(mounts::mount_kind("tmpfs", &self.destination, flags, &format!("mode={mode:o}{size}"))?)
+        Ok(mounts::mount_kind("tmpfs", &self.destination, flags, &format!("mode={mode:o}{size}{}", owners.options()))?)
     }
 }
 
@@ -249,22 +330,6 @@ fn resolve(path: &Path) -> io::Result<PathBuf> {
     Ok(place)
 }
 
-/// With its parents.
-fn make_directory(path: &Path) -> io::Result<()> {
-    DirBuilder::new().recursive(true).mode(0o755).create(resolve(path)?)
-}
-
-fn make_file(path: &Path) -> io::Result<()> {
-    let path = resolve(path)?;
-    if fs::symlink_metadata(&path).is_ok() {
-        return Ok(());
-    }
-    if let Some(parent) = path.parent() {
-        make_directory(parent)?;
-    }
-    OpenOptions::new().write(true).create_new(true).mode(0o644).open(path).map(drop)
-}
-
 fn missing(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR))
 }
@@ -295,9 +360,9 @@ fn mask(path: &str) -> Result<(), RootError> {
 }
 
 /// Shows a terminal as /dev/console.
-pub(crate) fn bind_console(terminal: &OwnedFd) -> Result<(), RootError> {
+pub(crate) fn bind_console(terminal: &OwnedFd, owners: Owners) -> Result<(), RootError> {
     let failed = place("mount", "/dev/console");
-    make_file(Path::new("/dev/console")).map_err(&failed)?;
+    owners.make_file(Path::new("/dev/console")).map_err(&failed)?;
     let source = format!("/proc/self/fd/{}", raw(terminal));
     mount(Some(source.as_str()), "/dev/console", NONE, MsFlags::MS_BIND, NONE).map_err(|error| failed(error.into()))
 }
@@ -317,10 +382,11 @@ mod tests {
             assert_eq!(resolve(&root.join(path)).expect("resolves"), root.join(place));
         }
         assert!(resolve(&root.join("loop/x")).is_err());
-        make_directory(&root.join("relative/c")).expect("made");
-        make_directory(&root.join("relative/c")).expect("there already");
-        make_file(&root.join("absolute")).expect("made");
+        let owners = Owners::default();
+        owners.make_directory(&root.join("relative/c")).expect("made");
+        owners.make_directory(&root.join("relative/c")).expect("there already");
+        owners.make_file(&root.join("absolute")).expect("made");
         assert!(root.join("a/b/c").is_dir() && root.join("y").is_file());
-        assert!(make_directory(&root.join("y/z")).is_err(), "a file is no directory");
+        assert!(owners.make_directory(&root.join("y/z")).is_err(), "a file is no directory");
     }
 }

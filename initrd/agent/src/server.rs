@@ -26,6 +26,7 @@ use crate::process::{Job, PidSpace, Surroundings, start_pod_reaper};
 use crate::rootfs::Root;
 use crate::stdio::Stdio;
 use crate::task::{Owner, Phase, Task};
+use crate::userns::UserSpace;
 
 /// What a request is answered with; `None` if the answer comes later.
 type Answer = Result<Option<reply::Result>, Fault>;
@@ -132,6 +133,7 @@ impl Agent {
             return Err(Fault::wrong_state("this guest has been configured"));
         }
         configure::apply(call, &mut self.disk)?;
+        self.users = call.user_namespace.as_ref().map(UserSpace::new).transpose()?;
         self.configured = true;
         Ok(DONE)
     }
@@ -148,7 +150,7 @@ impl Agent {
         let cgroup = Cgroup::for_container(&plan.id)?;
         let mut holdings = Holdings::default();
         let made = holdings
-            .acquire(&mut plan, layers, &mut self.disk)
+            .acquire(&mut plan, layers, &mut self.disk, self.users.as_ref())
             .and_then(|root| self.launch(asker, call, plan, &root, &cgroup));
         match made {
             Ok(build) => {
@@ -188,6 +190,7 @@ impl Agent {
         let job = Job {
             plan: &plan.process,
             surroundings: Surroundings::New(root),
+            users: self.users.as_ref(),
             pid_space: self.pid_space(call)?,
             cgroup: cgroup.fd(),
             stdio: ends.fds(),

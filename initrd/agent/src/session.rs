@@ -199,6 +199,7 @@ impl Agent {
         let job = Job {
             plan: &plan,
             surroundings: Surroundings::Of(pidfd),
+            users: self.users.as_ref(),
             pid_space: PidSpace::Of(pidfd),
             cgroup: cgroup.fd(),
             stdio: ends.fds(),

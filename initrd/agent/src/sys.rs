@@ -134,7 +134,16 @@ pub(crate) fn attach_mount(mount: BorrowedFd<'_>, path: &CStr) -> io::Result<()>
 
 /// Makes every mount of the tree behind `mount` refuse writes.
 pub(crate) fn mount_read_only(mount: BorrowedFd<'_>) -> io::Result<()> {
-    let attributes = libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, attr_clr: 0, propagation: 0, userns_fd: 0 };
+    set_attributes(mount, libc::MOUNT_ATTR_RDONLY, 0)
+}
+
+/// Makes every mount of the tree behind `mount`, which is attached nowhere, show owners as those of a user namespace.
+pub(crate) fn map_owners(mount: BorrowedFd<'_>, users: BorrowedFd<'_>) -> io::Result<()> {
+    set_attributes(mount, libc::MOUNT_ATTR_IDMAP, u64::from(users.as_raw_fd().cast_unsigned()))
+}
+
+fn set_attributes(mount: BorrowedFd<'_>, attr_set: u64, userns_fd: u64) -> io::Result<()> {
+    let attributes = libc::mount_attr { attr_set, attr_clr: 0, propagation: 0, userns_fd };
     let flags = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
     // SAFETY: the structure lives past the call and its size is passed with it.
     let result = unsafe {

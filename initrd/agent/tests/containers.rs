@@ -234,7 +234,12 @@ fn mounts_show_what_they_should() {
         ..v1::FileEntry::default()
     };
     let files = |entries: Vec<v1::FileEntry>| Some(mount::Source::Files(v1::FileTree { entries }));
-    let mount = |destination: &str, source, read_only| v1::Mount { destination: destination.into(), source, read_only };
+    let mount = |destination: &str, source, read_only| v1::Mount {
+        destination: destination.into(),
+        source,
+        read_only,
+        mapped: false,
+    };
     let script = "cat /etc/hosts /config/sub/key; cat /var/escape/deep; ls /second/bin/busybox; stat -c %a /scratch
         touch /scratch/x && echo rw; touch /config/x 2>/dev/null || echo ro; pwd; stat -c '%a %u' /";
     let mut mounted = container("a", script);

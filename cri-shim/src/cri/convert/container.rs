@@ -2,7 +2,7 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use super::pod::check_namespaces;
+use super::pod::{check_namespaces, user_mappings, users};
 use super::process::process;
 use super::resources::resources;
 use super::security::{check_apparmor, check_selinux, paths};
@@ -36,6 +36,9 @@ pub(in crate::cri) fn container_spec(
     let context: LinuxContainerSecurityContext = linux.security_context.unwrap_or_default();
     let namespaces = context.namespace_options.clone().unwrap_or_default();
     check_namespaces(&namespaces)?;
+    if namespaces.userns_options.is_some() && users(&namespaces)? != pod.users {
+        return Err(invalid("the container's user namespace is not its pod's: a pod has one for all its containers"));
+    }
     check_apparmor(&context)?;
     check_selinux(context.selinux_options.as_ref())?;
     let (masked_paths, readonly_paths) = paths(&context);
@@ -47,7 +50,7 @@ pub(in crate::cri) fn container_spec(
         image_name: config.image.as_ref().map(asked_name).unwrap_or_default(),
         read_only_rootfs: context.readonly_rootfs,
         stop_signal: stop_signal(config.stop_signal(), &image.config)?,
-        mounts: config.mounts.into_iter().map(|mount| self::mount(mount, &find_image)).collect::<Result<_>>()?,
+        mounts: config.mounts.into_iter().map(|mount| self::mount(mount, pod, &find_image)).collect::<Result<_>>()?,
         devices: config.devices.into_iter().map(device).collect(),
         labels: config.labels.into_iter().collect(),
         annotations: config.annotations.into_iter().collect(),
@@ -88,7 +91,7 @@ fn stop_signal(asked: Signal, image: &ImageConfig) -> Result<i32> {
     signal::number(name).ok_or_else(|| invalid(format_args!("{whose} stop signal {name:?} is no signal")))
 }
 
-fn mount(mount: Mount, find_image: impl Fn(&str) -> Option<Image>) -> Result<MountSpec> {
+fn mount(mount: Mount, pod: &PodSpec, find_image: impl Fn(&str) -> Option<Image>) -> Result<MountSpec> {
     let path = &mount.container_path;
     let refuse = |what: &str| Err(invalid(format_args!("mount at {path}: {what}")));
     if !Path::new(path).is_absolute() {
@@ -101,8 +104,10 @@ fn mount(mount: Mount, find_image: impl Fn(&str) -> Option<Image>) -> Result<Mou
     if mount.recursive_read_only && !(mount.readonly && mount.propagation() == MountPropagation::PropagationPrivate) {
         return refuse("recursiveReadOnly needs readOnly: true and mountPropagation: None");
     }
-    if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
-        return refuse("mapped owners are not supported: set hostUsers: true");
+    let mapped = !(mount.uid_mappings.is_empty() && mount.gid_mappings.is_empty());
+    let the_pods = |users| pod.users.as_ref() == Some(&users);
+    if mapped && !user_mappings(&mount.uid_mappings, &mount.gid_mappings).is_ok_and(the_pods) {
+        return refuse("its owners are mapped otherwise than by the pod's user namespace");
     }
     let source = match mount.image {
         Some(image) if !mount.image_sub_path.is_empty() => {
@@ -116,7 +121,7 @@ fn mount(mount: Mount, find_image: impl Fn(&str) -> Option<Image>) -> Result<Mou
         None => MountSource::Host(PathBuf::from(&mount.host_path)),
     };
     let (destination, read_only) = (mount.container_path, mount.readonly);
-    Ok(MountSpec { destination, source, read_only, recursive_read_only: mount.recursive_read_only })
+    Ok(MountSpec { destination, source, read_only, recursive_read_only: mount.recursive_read_only, mapped })
 }
 
 fn device(device: Device) -> DeviceSpec {
@@ -137,7 +142,7 @@ fn log_path(text: &str) -> Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cri::proto::{ContainerMetadata, LinuxContainerConfig};
+    use crate::cri::proto::{ContainerMetadata, IdMapping, LinuxContainerConfig, UserNamespace};
     use crate::spec::PodIdentity;
 
     fn pod() -> PodSpec {
@@ -198,6 +203,12 @@ mod tests {
         let mut target = NamespaceOption { target_id: "abc".into(), ..Default::default() };
         target.set_pid(NamespaceMode::Target);
         assert_eq!(with(target).expect("valid").pid_namespace, PidNamespace::Target("abc".into()));
+        let users = |mode: NamespaceMode| {
+            let users = UserNamespace { mode: mode.into(), ..Default::default() };
+            NamespaceOption { userns_options: Some(users), ..Default::default() }
+        };
+        assert!(with(users(NamespaceMode::Node)).is_ok(), "its pod's");
+        assert!(with(users(NamespaceMode::Pod)).is_err());
         let mut host = NamespaceOption::default();
         host.set_network(NamespaceMode::Node);
         assert!(with(host).expect_err("refused").to_string().contains("hostNetwork"));
@@ -220,6 +231,7 @@ mod tests {
             (Mount { image: image("data"), image_sub_path: "x".into(), ..host.clone() }, "subPath"),
             (Mount { container_path: "data".into(), ..host.clone() }, "absolute"),
             (Mount { host_path: String::new(), ..host.clone() }, "neither"),
+            (Mount { uid_mappings: vec![IdMapping::default()], ..host.clone() }, "user namespace"),
             (Mount { recursive_read_only: true, readonly: false, ..host.clone() }, "recursiveReadOnly"),
             (
                 Mount {

@@ -6,11 +6,11 @@ use super::resources::resources;
 use super::security::check_selinux;
 use super::{invalid, required};
 use crate::cri::proto::{
-    DnsConfig, LinuxPodSandboxConfig, NamespaceMode, NamespaceOption, PodSandboxConfig, PortMapping as WirePort,
-    Protocol, UserNamespace,
+    DnsConfig, IdMapping as WireMapping, LinuxPodSandboxConfig, NamespaceMode, NamespaceOption, PodSandboxConfig,
+    PortMapping as WirePort, Protocol,
 };
 use crate::error::Result;
-use crate::spec::{Dns, NetworkSource, PodIdentity, PodSpec, PortMapping};
+use crate::spec::{Dns, IdMapping, NetworkSource, PodIdentity, PodSpec, PortMapping, UserMappings};
 
 /// `known` is the one handler there is, beside the empty name.
 pub(in crate::cri) fn pod_spec(config: PodSandboxConfig, handler: &str, known: &str) -> Result<PodSpec> {
@@ -31,6 +31,7 @@ pub(in crate::cri) fn pod_spec(config: PodSandboxConfig, handler: &str, known: &
     let namespaces = linux.security_context.as_ref().and_then(|context| context.namespace_options.clone());
     let namespaces = namespaces.unwrap_or_default();
     check_namespaces(&namespaces)?;
+    let users = users(&namespaces)?;
     let LinuxPodSandboxConfig { cgroup_parent, sysctls, overhead, resources: limits, .. } = linux;
     Ok(PodSpec {
         identity: PodIdentity {
@@ -52,6 +53,7 @@ pub(in crate::cri) fn pod_spec(config: PodSandboxConfig, handler: &str, known: &
         overhead: resources(overhead.unwrap_or_default())?,
         share_pid_namespace: namespaces.pid() == NamespaceMode::Pod,
         network: NetworkSource::Cni,
+        users,
     })
 }
 
@@ -68,13 +70,33 @@ pub(super) fn check_namespaces(namespaces: &NamespaceOption) -> Result<()> {
     if namespaces.ipc() == NamespaceMode::Node {
         return refuse("hostIPC");
     }
-    let own_users = |users: &UserNamespace| users.mode() != NamespaceMode::Node;
-    if namespaces.userns_options.as_ref().is_some_and(own_users) {
-        return Err(invalid(
-            "user namespaces are not supported: set hostUsers: true; the pod's users are confined to its own kernel",
-        ));
-    }
     Ok(())
+}
+
+/// The user namespace asked for; `None` is the guest's own, which no other pod shares either.
+pub(super) fn users(namespaces: &NamespaceOption) -> Result<Option<UserMappings>> {
+    let Some(asked) = &namespaces.userns_options else { return Ok(None) };
+    match asked.mode() {
+        NamespaceMode::Node => Ok(None),
+        NamespaceMode::Pod => user_mappings(&asked.uids, &asked.gids).map(Some),
+        NamespaceMode::Container | NamespaceMode::Target => {
+            Err(invalid("a user namespace is a pod's: its mode is POD (hostUsers: false) or NODE (hostUsers: true)"))
+        }
+    }
+}
+
+/// One run each of users and groups, from 0 on, as the kubelet gives it and the CRI's runtimes take it.
+pub(super) fn user_mappings(uids: &[WireMapping], gids: &[WireMapping]) -> Result<UserMappings> {
+    let one = |what: &str, list: &[WireMapping]| match list {
+        [WireMapping { host_id, container_id: 0, length }] if *length > 0 && host_id.checked_add(*length).is_some() => {
+            Ok(vec![IdMapping { container_id: 0, host_id: *host_id, length: *length }])
+        }
+        [WireMapping { host_id, container_id, length }] => Err(invalid(format_args!(
+            "mapping of {what} {container_id} to {host_id}, {length} of them: it must begin at 0 in the container and fit"
+        ))),
+        _ => Err(invalid(format_args!("a user namespace has one mapping of {what}, not {}", list.len()))),
+    };
+    Ok(UserMappings { uids: one("users", uids)?, gids: one("groups", gids)? })
 }
 
 /// Without a single line there is nothing to say, and the host's own resolv.conf is used.
@@ -106,7 +128,7 @@ fn port_mapping(port: &WirePort) -> Result<PortMapping> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cri::proto::{LinuxContainerResources, LinuxSandboxSecurityContext, PodSandboxMetadata};
+    use crate::cri::proto::{LinuxContainerResources, LinuxSandboxSecurityContext, PodSandboxMetadata, UserNamespace};
     use crate::error::Error;
 
     fn config() -> PodSandboxConfig {
@@ -159,12 +181,31 @@ mod tests {
         let network = refusal(with_namespaces(|n| n.set_network(NamespaceMode::Node)));
         assert!(network.contains("hostNetwork") && network.contains("runtime class"), "{network}");
         assert!(refusal(with_namespaces(|n| n.set_ipc(NamespaceMode::Node))).contains("hostIPC"));
-        let users = UserNamespace { mode: NamespaceMode::Pod.into(), ..Default::default() };
-        assert!(refusal(with_namespaces(|n| n.userns_options = Some(users))).contains("hostUsers"));
-        let node = UserNamespace { mode: NamespaceMode::Node.into(), ..Default::default() };
-        assert!(pod_spec(with_namespaces(|n| n.userns_options = Some(node)), "", "pericarp").is_ok());
         let host_pid = pod_spec(with_namespaces(|n| n.set_pid(NamespaceMode::Node)), "", "pericarp").expect("valid");
         assert!(!host_pid.share_pid_namespace);
+    }
+
+    #[test]
+    fn a_user_namespace_has_one_mapping_that_begins_at_root() {
+        let mapping = |container_id, host_id, length| WireMapping { container_id, host_id, length };
+        let with = |mode: NamespaceMode, list: &[WireMapping]| {
+            let users = UserNamespace { mode: mode.into(), uids: list.to_vec(), gids: list.to_vec() };
+            with_namespaces(|n| n.userns_options = Some(users))
+        };
+        let good = mapping(0, 1000, 100_000);
+        let spec = pod_spec(with(NamespaceMode::Pod, &[good]), "", "pericarp").expect("valid");
+        let expected = vec![IdMapping { container_id: 0, host_id: 1000, length: 100_000 }];
+        assert_eq!(spec.users, Some(UserMappings { uids: expected.clone(), gids: expected }));
+        let node = pod_spec(with(NamespaceMode::Node, &[]), "", "pericarp").expect("valid");
+        assert_eq!(node.users, None);
+        let bad: [&[WireMapping]; 5] =
+            [&[], &[good, good], &[mapping(1, 1000, 9)], &[mapping(0, 1000, 0)], &[mapping(0, u32::MAX, 2)]];
+        for list in bad {
+            assert!(refusal(with(NamespaceMode::Pod, list)).contains("mapping"), "{list:?}");
+        }
+        for mode in [NamespaceMode::Container, NamespaceMode::Target] {
+            assert!(refusal(with(mode, &[good])).contains("hostUsers"), "{mode:?}");
+        }
     }
 
     #[test]

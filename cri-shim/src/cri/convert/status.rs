@@ -7,7 +7,7 @@ use super::resources::wire_resources;
 use super::signal;
 use crate::cri::proto::{self, ImageSpec, NamespaceMode, NamespaceOption};
 use crate::pod::{ContainerState, ContainerStatus, ContainerUser, Event, EventKind, PodState, PodStatus};
-use crate::spec::{MountSource, MountSpec};
+use crate::spec::{IdMapping, MountSource, MountSpec, UserMappings};
 
 pub(super) fn pod_state(state: PodState) -> proto::PodSandboxState {
     match state {
@@ -44,7 +44,8 @@ pub(in crate::cri) fn pod_status(pod: &PodStatus) -> proto::PodSandboxStatus {
         additional_ips: ips.map(|ip| proto::PodIp { ip }).collect(),
     };
     let pid = if pod.spec.share_pid_namespace { NamespaceMode::Pod } else { NamespaceMode::Container };
-    let options = NamespaceOption { pid: pid.into(), ..NamespaceOption::default() };
+    let userns_options = pod.spec.users.as_ref().map(user_namespace);
+    let options = NamespaceOption { pid: pid.into(), userns_options, ..NamespaceOption::default() };
     proto::PodSandboxStatus {
         id: pod.id.clone(),
         metadata: Some(pod_metadata(pod)),
@@ -56,6 +57,19 @@ pub(in crate::cri) fn pod_status(pod: &PodStatus) -> proto::PodSandboxStatus {
         annotations: map(&pod.spec.annotations),
         runtime_handler: pod.spec.handler.clone(),
     }
+}
+
+fn user_namespace(users: &UserMappings) -> proto::UserNamespace {
+    let mappings = |list: &[IdMapping]| {
+        let mapping = |&IdMapping { container_id, host_id, length }: &IdMapping| proto::IdMapping {
+            host_id,
+            container_id,
+            length,
+        };
+        list.iter().map(mapping).collect()
+    };
+    let (uids, gids) = (mappings(&users.uids), mappings(&users.gids));
+    proto::UserNamespace { mode: NamespaceMode::Pod.into(), uids, gids }
 }
 
 /// One line of ListContainers.
