@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, Permissions};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use cri_shim::cri::proto::{
-    ContainerConfig, ContainerMetadata, CreateContainerRequest, ImageSpec, LinuxContainerResources,
-    ListMetricDescriptorsRequest, ListPodSandboxMetricsRequest, Metric, PodSandboxMetrics,
+    ContainerConfig, ContainerMetadata, ContainerStatsRequest, CreateContainerRequest, ImageSpec,
+    LinuxContainerResources, ListMetricDescriptorsRequest, ListPodSandboxMetricsRequest, Metric, PodSandboxMetrics,
     UpdatePodSandboxResourcesRequest,
 };
 use pericarp_tests::{Client, Node, image, status_of, wait_until};
@@ -180,5 +180,125 @@ fn root_of_a_user_namespace_owns_its_container_and_nothing_else() {
     run("nc -l -p 80 </dev/null >/dev/null & sleep 1; netstat -ltn | grep -q ':80 '; kill $!");
     node.crictl(["exec", "--sync", &container, "sh", "-c", "umount /proc"]).refused();
     node.crictl(["exec", "--sync", &container, "sh", "-c", "hostname other"]).refused();
+    node.remove_pod(&pod);
+}
+
+/// Exchanges the files of a volume as a kubelet does.
+fn exchange(volume: &Path, version: &str, keys: &[(&str, &str)]) {
+    let data = volume.join(format!("..{version}"));
+    fs::create_dir_all(&data).expect("the test's directory is writable");
+    for (key, value) in keys {
+        fs::write(data.join(key), value).expect("the test's directory is writable");
+    }
+    let old = fs::read_link(volume.join("..data")).ok();
+    symlink(format!("..{version}"), volume.join("..data_tmp")).expect("the test's directory is writable");
+    fs::rename(volume.join("..data_tmp"), volume.join("..data")).expect("the test's directory is writable");
+    for (key, _) in keys {
+        let link = volume.join(key);
+        if fs::symlink_metadata(&link).is_err() {
+            symlink(format!("..data/{key}"), link).expect("the test's directory is writable");
+        }
+    }
+    if let Some(old) = old {
+        fs::remove_dir_all(volume.join(old)).expect("the test's directory is writable");
+    }
+}
+
+/// Nanoseconds of a log line's time within its day.
+fn logged_at(line: &str) -> u64 {
+    let time = line.split(['T', 'Z']).nth(1).expect("a log line begins with a time");
+    let (seconds, fraction) = time.split_once('.').expect("nanoseconds");
+    let seconds = seconds.split(':').fold(0, |sum, part| sum * 60 + part.parse::<u64>().expect("a number"));
+    seconds * 1_000_000_000 + fraction.parse::<u64>().expect("a number")
+}
+
+fn now_in_day() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("it is later");
+    u64::try_from(now.as_nanos() % (86_400 * 1_000_000_000)).expect("a day is short")
+}
+
+#[test]
+fn a_volumes_new_files_reach_containers_within_a_second() {
+    /// Says each new value, and what a reader must never see.
+    const WATCHER: &str = "while :; do n=$(cat /config/key 2>/dev/null || echo MISSING); \
+                           [ \"$n\" = \"$v\" ] || echo \"$n\"; v=$n; sleep 0.02; done";
+    let mut node = Node::start();
+    node.crictl(["pull", image::BUSYBOX]).ok();
+    let volume = node.directory().join("volume");
+    exchange(&volume, "v1", &[("key", "one"), ("old", "x")]);
+    let pod = node.run_pod("config", &json!({}));
+    let mount = json!({"mounts": [{"container_path": "/config", "host_path": volume, "readonly": true}]});
+    let config = node.container_config("c", image::BUSYBOX, &["sh", "-c", WATCHER], &mount);
+    let path = |path: &Path| path.to_str().expect("a plain path").to_owned();
+    let pod_config = node.directory().join("pod-config.json");
+    let container = node.crictl(["create", "--no-pull", &pod, &path(&config), &path(&pod_config)]).ok();
+    node.crictl(["start", &container]).ok();
+    wait_until("the first value", || node.log("config", "c").contains(" one"));
+
+    let said = |node: &Node, value: &str| {
+        wait_until(value, || node.log("config", "c").contains(&format!(" {value}")));
+        let log = node.log("config", "c");
+        logged_at(log.lines().find(|line| line.ends_with(&format!(" {value}"))).expect("it is there"))
+    };
+    let mut exchanged = now_in_day();
+    exchange(&volume, "v2", &[("key", "two"), ("new", "y")]);
+    let late = said(&node, "two").saturating_sub(exchanged);
+    println!("new files after {} ms", late / 1_000_000);
+    assert!(late < 1_000_000_000, "after {late} ns");
+    let run = |node: &Node, script: &str| node.crictl(["exec", "--sync", &container, "sh", "-c", script]).ok();
+    assert_eq!(run(&node, "readlink /config/..data; cat /config/new"), "..v2\ny");
+    let listed = run(&node, "ls -A /config");
+    assert!(!listed.contains("..v1") && listed.contains("..v2"), "{listed}");
+
+    // A daemon that starts anew goes on, and brings what it has missed.
+    node.kill_daemon();
+    exchange(&volume, "v3", &[("key", "three"), ("new", "y")]);
+    node.start_daemon();
+    said(&node, "three");
+    exchanged = now_in_day();
+    exchange(&volume, "v4", &[("key", "four"), ("new", "y")]);
+    let late = said(&node, "four").saturating_sub(exchanged);
+    println!("new files after {} ms with a new daemon", late / 1_000_000);
+    assert!(late < 1_000_000_000, "after {late} ns");
+    assert!(
+        !node.log("config", "c").contains("MISSING"),
+        "a file was missing for a moment: {}",
+        node.log("config", "c")
+    );
+    node.crictl(["exec", "--sync", &container, "touch", "/config/x"]).refused();
+    node.remove_pod(&pod);
+}
+
+#[test]
+fn what_a_container_writes_is_counted() {
+    let node = Node::start();
+    node.crictl(["pull", image::BUSYBOX]).ok();
+    let mut client = Client::connect(&node.socket());
+    let pod = node.run_pod("writer", &json!({}));
+    let container = node.run_container(&pod, "writer", "c", image::BUSYBOX, &["sleep", "1000"]);
+    let mut layer = || {
+        let request = ContainerStatsRequest { container_id: container.clone() };
+        let stats = client.ask(async |cri| cri.container_stats(request).await).expect("answers").into_inner().stats;
+        let layer = stats.and_then(|stats| stats.writable_layer).expect("it is counted");
+        let directory = layer.fs_id.expect("it is somewhere").mountpoint;
+        assert!(fs::metadata(&directory).is_ok_and(|found| found.is_dir()), "{directory}");
+        (layer.used_bytes.expect("bytes").value, layer.inodes_used.expect("inodes").value)
+    };
+    let run = |script: &str| node.crictl(["exec", "--sync", &container, "sh", "-c", script]).ok();
+    let (empty_bytes, empty_inodes) = layer();
+    // 8 MiB under two names, a hole of 1 GiB, 300 files in directories of their own.
+    run("dd if=/dev/urandom of=/data bs=1M count=8; ln /data /again; truncate -s 1G /hole");
+    run("i=0; while [ $i -lt 300 ]; do mkdir -p /d/$i && : >/d/$i/f; i=$((i+1)); done");
+    let written = Instant::now();
+    let (least, most) = (8 << 20, (8 << 20) + (2 << 20));
+    wait_until("the count of what was written", || {
+        let (bytes, inodes) = layer();
+        let (bytes, inodes) = (bytes - empty_bytes, inodes - empty_inodes);
+        (least..most).contains(&bytes) && inodes == 2 + 1 + 600
+    });
+    println!("counted after {:?}", written.elapsed());
+    assert!(written.elapsed() < Duration::from_secs(10));
+    run("rm -r /d /hole /again /data");
+    wait_until("the count of what is left", || layer().1 <= empty_inodes + 5);
     node.remove_pod(&pod);
 }

@@ -142,6 +142,7 @@ fn name_of(call: &Call) -> &'static str {
         Call::UpdateContainer(_) => "UpdateContainer",
         Call::GetStats(_) => "GetStats",
         Call::UpdatePod(_) => "UpdatePod",
+        Call::UpdateFiles(_) => "UpdateFiles",
     }
 }
 
@@ -237,7 +238,9 @@ impl Conversation {
             Some(Message::Reply(v1::Reply { id, result })) => {
                 let empty = || Error::Unavailable("the agent sent an empty answer".into());
                 // A caller whose limit is over has gone away.
-                let _ = pending.remove(&id).map(|answer| answer.send(result.ok_or_else(empty)));
+                if let Some(answer) = pending.remove(&id) {
+                    let _ = answer.send(result.ok_or_else(empty));
+                }
                 Some(())
             }
             None => Some(()),
@@ -289,7 +292,9 @@ async fn request(
 ) -> Result<()> {
     match link.send(&v1::Request { id, call: Some(call) }).await {
         Err(error @ Error::InvalidArgument(_)) => {
-            let _ = pending.remove(&id).map(|answer| answer.send(Err(error)));
+            if let Some(answer) = pending.remove(&id) {
+                let _ = answer.send(Err(error));
+            }
             Ok(())
         }
         result => result,

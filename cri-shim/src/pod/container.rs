@@ -77,6 +77,7 @@ impl Owner {
         }
         let (record, container, name) = (self.record.clone(), container.clone(), id.to_owned());
         let create = blocking(move || message::create_container(&record, &name, &container)).await?;
+        self.copies.sent(&create);
         match self.agent()?.ask(Call::CreateContainer(create), CREATE_LIMIT).await? {
             Answer::Created(v1::Created { uid, gid, groups }) => Ok(Some(ContainerUser { uid, gid, groups })),
             // An agent of an older release does not say.
@@ -91,6 +92,7 @@ impl Owner {
             tracing::warn!(pod = self.record.id, container = id, %error, "a container that failed is not quite gone");
         }
         self.record.containers.remove(id);
+        self.copies.forget(id);
     }
 
     /// Puts an image's disks where the guest can mount them, once per pod.
@@ -197,6 +199,7 @@ impl Owner {
         }
         self.remove_from_guest(id).await?;
         self.record.containers.remove(id);
+        self.copies.forget(id);
         self.save()
     }
 

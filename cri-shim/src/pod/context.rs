@@ -10,6 +10,7 @@ use tokio::sync::Semaphore;
 use super::CoreConfig;
 use super::events::Events;
 use super::size::Host;
+use super::watcher::Watcher;
 use crate::cgroup;
 use crate::error::{Error, IoContext, Result};
 use crate::image::Store;
@@ -35,6 +36,8 @@ pub(super) struct Context {
     pub(super) host: Host,
     /// Told of all that happens.
     pub(super) events: Events,
+    /// Tells of changes in directories of the host.
+    pub(super) watcher: Watcher,
     /// Taken by each pod that boots.
     pub(super) boots: Semaphore,
     _lock: File,
@@ -52,8 +55,8 @@ impl Context {
         let template = scratch::template(&config.scratch_dir, config.scratch_bytes)?;
         let host = host()?;
         let boots = Semaphore::new(host.cpus.saturating_mul(BOOTS_PER_CPU).max(LEAST_BOOTS));
-        let events = Events::new();
-        Ok(Self { host, events, boots, config, spawner, images, network, template, _lock: lock })
+        let (events, watcher) = (Events::new(), Watcher::new()?);
+        Ok(Self { host, events, watcher, boots, config, spawner, images, network, template, _lock: lock })
     }
 }
 

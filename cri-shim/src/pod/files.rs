@@ -1,4 +1,4 @@
-//! Files of the host that a container is given as copies: a snapshot at the container's creation, in guest memory.
+//! Files of the host that a container is given as copies: a snapshot in guest memory, which [`super::copies`] keeps up.
 //!
 //! Only small trees of regular files, directories and symbolic links; a link is copied, never followed, except for the
 //! mount's own source. Nothing a container writes there reaches the host.
@@ -7,7 +7,7 @@ use std::fs::{self, File, Metadata};
 use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use agent_protocol::v1::{FileEntry, FileTree};
 
@@ -21,6 +21,9 @@ const TREE_ENTRIES: usize = 1024;
 
 /// Deepest directory in one tree.
 const TREE_DEPTH: usize = 32;
+
+/// Most times that a tree which changes meanwhile is read.
+const MOST_LOOKS: u32 = 5;
 
 /// Permission bits of the files that every container is given.
 const GENERATED_MODE: u32 = libc::S_IFREG | 0o644;
@@ -44,13 +47,38 @@ pub(super) fn snapshot(source: &Path, read_only: bool) -> Result<FileTree> {
             source.display()
         )));
     }
-    let mut tree = Tree { entries: Vec::new(), bytes: 0, source };
+    Ok(tree(source)?.0)
+}
+
+/// A tree as it is at one moment, as far as its own directory goes: a kubelet exchanges a volume's files by a link there
+/// (`..data`). Also returns its directories.
+pub(super) fn tree(source: &Path) -> Result<(FileTree, Vec<PathBuf>)> {
+    let mut looks = 1;
+    loop {
+        let before = changed_at(source);
+        let taken = take(source);
+        if looks == MOST_LOOKS || before == changed_at(source) {
+            return taken;
+        }
+        looks += 1;
+    }
+}
+
+fn take(source: &Path) -> Result<(FileTree, Vec<PathBuf>)> {
+    let found = fs::metadata(source).doing(|| format!("looking at {}", source.display()))?;
+    let mut tree = Tree { entries: Vec::new(), directories: Vec::new(), bytes: 0, source };
     tree.add(source, "", &found, 0)?;
-    Ok(FileTree { entries: tree.entries })
+    Ok((FileTree { entries: tree.entries }, tree.directories))
+}
+
+/// When names in a directory last changed.
+fn changed_at(directory: &Path) -> Option<(i64, i64)> {
+    fs::metadata(directory).ok().map(|found| (found.mtime(), found.mtime_nsec()))
 }
 
 struct Tree<'a> {
     entries: Vec<FileEntry>,
+    directories: Vec<PathBuf>,
     bytes: u64,
     source: &'a Path,
 }
@@ -79,8 +107,11 @@ impl Tree<'_> {
 
     fn add_children(&mut self, at: &Path, path: &str, depth: usize) -> Result<()> {
         let listing = || format!("listing {}", at.display());
-        for entry in fs::read_dir(at).doing(listing)? {
-            let entry = entry.doing(listing)?;
+        self.directories.push(at.to_owned());
+        let mut entries = fs::read_dir(at).and_then(Iterator::collect::<io::Result<Vec<_>>>).doing(listing)?;
+        // So that one tree is always told in one way.
+        entries.sort_by_key(fs::DirEntry::file_name);
+        for entry in entries {
             let not_text = |_| Error::InvalidArgument(format!("{} is not UTF-8", entry.path().display()));
             let name = entry.file_name().into_string().map_err(not_text)?;
             let path = if path.is_empty() { name } else { format!("{path}/{name}") };

@@ -6,6 +6,7 @@
 mod config;
 mod container;
 mod context;
+mod copies;
 mod events;
 mod exec;
 mod files;
@@ -18,6 +19,7 @@ mod stats;
 mod status;
 mod sweep;
 mod table;
+mod watcher;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -28,7 +30,7 @@ use vmm_control::{Command, Reply};
 
 pub use config::{CoreConfig, PodDir};
 pub use events::{Event, EventKind};
-pub use stats::{PodUsage, Pressure, Stall, Throttling, Traffic, Transfers, Usage};
+pub use stats::{Layer, PodUsage, Pressure, Stall, Throttling, Traffic, Transfers, Usage};
 pub use status::{ContainerState, ContainerStatus, ContainerUser, ExecOutput, Moment, PodState, PodStatus};
 
 use context::{Context, blocking};

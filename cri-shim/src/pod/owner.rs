@@ -17,6 +17,7 @@ use agent_protocol::v1;
 use tokio::sync::{mpsc, watch};
 
 use super::context::{Context, blocking};
+use super::copies::Copies;
 use super::events::EventKind;
 use super::stats::CpuTimes;
 use super::{ContainerState, ContainerStatus, Moment, PodDir, PodState, PodStatus};
@@ -65,6 +66,8 @@ pub(super) struct Owner {
     silence: String,
     /// Since the last look at what it uses.
     pub(super) cpu_times: CpuTimes,
+    /// Directories of the host of which its containers have copies.
+    pub(super) copies: Copies,
     status: watch::Sender<Arc<PodStatus>>,
     removed: bool,
 }
@@ -73,13 +76,16 @@ enum Happening {
     Operation(Option<Operation>),
     Notice(Option<Notice>),
     VmmEnded,
+    FilesChanged,
 }
 
 impl Owner {
     pub(super) fn new(context: Arc<Context>, record: Record, machine: Option<Machine>) -> Self {
         let dir = context.config.pod_dir(&record.id);
         let status = watch::Sender::new(Arc::new(status(&record, "")));
+        let copies = Copies::new(context.watcher.follower(), &record);
         Self {
+            copies,
             context,
             dir,
             record,
@@ -105,6 +111,7 @@ impl Owner {
                 Happening::Notice(Some(notice)) => self.heard(notice),
                 Happening::Notice(None) => self.agent_lost(),
                 Happening::VmmEnded => self.vmm_ended().await,
+                Happening::FilesChanged => self.refresh().await,
             }
         }
     }
@@ -116,6 +123,7 @@ impl Owner {
             () = machine.vmm.wait() => Happening::VmmEnded,
             notice = machine.notices.recv() => Happening::Notice(notice),
             operation = inbox.recv() => Happening::Operation(operation),
+            () = self.copies.due() => Happening::FilesChanged,
         }
     }
 
@@ -202,6 +210,7 @@ impl Owner {
         };
         if let Some(container) = self.record.containers.get_mut(&exited.id) {
             end(container, exited.finished_at_ns, exit.code, reason, String::new());
+            self.copies.forget(&exited.id);
             tracing::info!(pod = self.record.id, container = exited.id, code = exit.code, reason, "container exited");
         }
     }
@@ -229,6 +238,7 @@ impl Owner {
     fn machine_gone(&mut self, message: String, reason: &str) {
         self.machine = None;
         self.silence.clear();
+        self.copies.end();
         end_all(&mut self.record, reason, &message);
         self.record.vmm = None;
         self.record.phase = Phase::Ended { message };

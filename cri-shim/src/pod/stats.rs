@@ -5,6 +5,7 @@
 #![deny(clippy::unwrap_used, clippy::indexing_slicing, clippy::as_conversions, clippy::arithmetic_side_effects)]
 
 use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use agent_protocol::v1;
@@ -31,6 +32,8 @@ pub struct PodUsage {
     pub containers: BTreeMap<String, Usage>,
     /// Its network interfaces, without loopback.
     pub traffic: Vec<Traffic>,
+    /// The directory of the host on whose file system writable layers are.
+    pub layers_directory: PathBuf,
 }
 
 /// What a cgroup uses; `None` is what its kernel does not tell.
@@ -80,6 +83,8 @@ pub struct Usage {
     pub limit_hits: Option<u64>,
     /// Processes killed for want of memory.
     pub oom_kills: Option<u64>,
+    /// What it has written to its root file system.
+    pub layer: Option<Layer>,
     /// What it read and wrote, by block device (`major:minor`).
     pub transfers: BTreeMap<String, Transfers>,
     /// Time lost in waiting for CPUs.
@@ -88,6 +93,17 @@ pub struct Usage {
     pub memory_pressure: Option<Pressure>,
     /// Time lost in waiting for disks.
     pub io_pressure: Option<Pressure>,
+}
+
+/// A writable layer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Layer {
+    /// Bytes of allocated blocks; a file with several names once.
+    pub bytes: u64,
+    /// Files, directories and the rest.
+    pub inodes: u64,
+    /// `CLOCK_REALTIME` in nanoseconds, when it was counted.
+    pub at_ns: i64,
 }
 
 /// How often a CPU limit held a cgroup up.
@@ -170,6 +186,7 @@ impl Owner {
             _ => return Err(Error::Unavailable("the agent gave an answer that does not fit".into())),
         };
         let mut usage = read(&stats, clock::realtime_ns());
+        usage.layers_directory.clone_from(&self.context.config.scratch_dir);
         usage.containers.retain(|id, _| self.record.containers.contains_key(id));
         rates(&mut usage, &mut self.cpu_times);
         Ok(usage)
@@ -177,12 +194,21 @@ impl Owner {
 }
 
 fn read(stats: &v1::PodStats, at_ns: i64) -> PodUsage {
-    let containers = stats.containers.iter().take(MOST);
+    let containers = stats.containers.iter().take(MOST).map(|(id, files)| {
+        let layer = stats.layers.get(id).map(|layer| Layer {
+            bytes: layer.bytes,
+            inodes: layer.inodes,
+            // The guest's clock is the guest's.
+            at_ns: layer.counted_at_ns.clamp(0, at_ns),
+        });
+        (id.clone(), Usage { layer, ..cgroup(files) })
+    });
     PodUsage {
         at_ns,
         pod: stats.pod.as_ref().map(cgroup).unwrap_or_default(),
-        containers: containers.map(|(id, files)| (id.clone(), cgroup(files))).collect(),
+        containers: containers.collect(),
         traffic: stats.network.lines().filter_map(traffic).filter(|of| of.interface != "lo").take(MOST).collect(),
+        layers_directory: PathBuf::new(),
     }
 }
 
@@ -234,6 +260,7 @@ fn cgroup(cgroup: &v1::CgroupFiles) -> Usage {
         mapped_files: field(files, "memory.stat", "file_mapped"),
         kernel: field(files, "memory.stat", "kernel"),
         peak: number("memory.peak"),
+        layer: None,
         limit_hits: field(files, "memory.events", "max"),
         oom_kills: field(files, "memory.events", "oom_kill"),
         transfers: files

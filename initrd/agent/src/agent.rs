@@ -16,6 +16,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::Pid;
 
+use crate::census::Census;
 use crate::container::{Asker, Container};
 use crate::disk::Disk;
 use crate::fault::Fault;
@@ -45,6 +46,9 @@ pub(crate) struct Agent {
     pub(crate) containers: BTreeMap<String, Container>,
     /// PID 1 of the process table that containers share, once one of them wants it.
     pub(crate) pod_reaper: Option<(Pid, OwnedFd)>,
+    pub(crate) census: Census,
+    /// Who waits for it.
+    pub(crate) waiting_for_stats: Vec<Asker>,
     /// Whose users the containers have; `None` is the guest's.
     pub(crate) users: Option<UserSpace>,
     last_number: u32,
@@ -73,6 +77,8 @@ impl Agent {
             tasks: BTreeMap::new(),
             containers: BTreeMap::new(),
             pod_reaper: None,
+            census: Census::default(),
+            waiting_for_stats: Vec::new(),
             users: None,
             last_number: 0,
         };
@@ -91,9 +97,11 @@ impl Agent {
     /// Serves until the machine goes down.
     pub(crate) fn run(&mut self) -> io::Result<()> {
         loop {
-            for (token, events) in self.poll.wait()? {
+            for (token, events) in self.poll.wait(self.census.is_counting())? {
                 self.handle(token, events);
             }
+            self.census.step();
+            self.answer_stats();
         }
     }
 

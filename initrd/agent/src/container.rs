@@ -31,6 +31,8 @@ pub(crate) struct Asker {
 enum Held {
     Image(DiskRange),
     Directory(PathBuf),
+    /// The files of a mount, by where that is; they go with their directory.
+    Files(String, PathBuf),
 }
 
 /// What a container holds beside its processes, in the order in which it was acquired.
@@ -43,6 +45,7 @@ impl Holdings {
         while let Some(held) = self.0.pop() {
             match held {
                 Held::Image(range) => disk.release_image(range),
+                Held::Files(..) => {}
                 Held::Directory(path) => {
                     if let Err(error) = fs::remove_dir_all(&path) {
                         crate::kmsg::say(&format!("cannot remove {}: {error}", path.display()));
@@ -74,6 +77,7 @@ impl Holdings {
                     let home = self.directory(FILES, &plan.id)?;
                     let place = home.join(number.to_string());
                     files::lay_out(tree, &place)?;
+                    self.0.push(Held::Files(asked.destination.clone(), place.clone()));
                     Source::Path(place)
                 }
                 None => {
@@ -102,6 +106,22 @@ impl Holdings {
             cwd: plan.process.cwd.clone(),
             privileged: plan.privileged,
             owners,
+        })
+    }
+
+    /// Where what the container writes to its root is.
+    pub(crate) fn layer(&self) -> Option<PathBuf> {
+        self.0.iter().find_map(|held| match held {
+            Held::Directory(path) if !path.starts_with(FILES) => Some(path.join("upper")),
+            _ => None,
+        })
+    }
+
+    /// Where the files mounted at `destination` are.
+    pub(crate) fn files(&self, destination: &str) -> Option<&Path> {
+        self.0.iter().find_map(|held| match held {
+            Held::Files(mounted, path) if mounted == destination => Some(path.as_path()),
+            _ => None,
         })
     }
 

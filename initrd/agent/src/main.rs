@@ -8,6 +8,7 @@
 
 mod agent;
 mod capabilities;
+mod census;
 mod cgroup;
 mod configure;
 mod connection;

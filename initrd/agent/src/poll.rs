@@ -93,10 +93,11 @@ impl Poll {
         Ok(Self { epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)? })
     }
 
-    /// Waits until something happens.
-    pub(crate) fn wait(&self) -> io::Result<Vec<(Token, EpollFlags)>> {
+    /// Waits until something happens, or only looks whether it has.
+    pub(crate) fn wait(&self, only_look: bool) -> io::Result<Vec<(Token, EpollFlags)>> {
         let mut events = [EpollEvent::empty(); EVENTS];
-        let count = match self.epoll.wait(&mut events, EpollTimeout::NONE) {
+        let limit = if only_look { EpollTimeout::ZERO } else { EpollTimeout::NONE };
+        let count = match self.epoll.wait(&mut events, limit) {
             Err(nix::Error::EINTR) => 0,
             other => other?,
         };

@@ -18,6 +18,7 @@ use crate::connection::Connection;
 use crate::container::{Asker, Container, Holdings};
 use crate::devices;
 use crate::fault::Fault;
+use crate::files;
 use crate::kmsg;
 use crate::log::Log;
 use crate::plan::ContainerPlan;
@@ -124,7 +125,8 @@ impl Agent {
             request::Call::ReopenLog(call) => self.reopen_log(asker, &call.id),
             request::Call::UpdateContainer(call) => self.update(&call),
             request::Call::UpdatePod(call) => update_pod(&call),
-            request::Call::GetStats(_) => Ok(Some(reply::Result::Stats(self.stats()))),
+            request::Call::UpdateFiles(call) => self.update_files(&call),
+            request::Call::GetStats(_) => self.count_for(asker),
         }
     }
 
@@ -311,6 +313,15 @@ impl Agent {
         Ok(DONE)
     }
 
+    fn update_files(&mut self, call: &v1::UpdateFiles) -> Answer {
+        let container = self.containers.get(&call.id).ok_or_else(|| Fault::no_container(&call.id))?;
+        let text = || format!("container {} has no files at {}", call.id, call.destination);
+        let place = container.holdings.files(&call.destination);
+        let place = place.ok_or_else(|| Fault::new(Kind::NotFound, text()))?;
+        files::update(call.files.as_ref().unwrap_or(&v1::FileTree::default()), place)?;
+        Ok(DONE)
+    }
+
     fn state(&self) -> v1::PodState {
         let containers = self.containers.iter().filter(|(_, container)| container.refusal.is_none());
         let containers = containers.map(|(id, container)| {
@@ -320,13 +331,41 @@ impl Agent {
         v1::PodState { configured: self.configured, containers: containers.collect() }
     }
 
-    fn stats(&self) -> v1::PodStats {
+    fn count_for(&mut self, asker: Asker) -> Answer {
+        let mut census = std::mem::take(&mut self.census);
+        census.want(|| {
+            let layer = |(id, container): (&String, &Container)| Some((id.clone(), container.holdings.layer()?));
+            self.running().filter_map(layer).collect()
+        });
+        self.census = census;
+        self.waiting_for_stats.push(asker);
+        Ok(None)
+    }
+
+    /// Tells those who wait how things stand, unless more is known in a moment.
+    pub(crate) fn answer_stats(&mut self) {
+        if self.waiting_for_stats.is_empty() || self.census.is_worth_waiting() {
+            return;
+        }
+        let stats = self.stats();
+        for asker in std::mem::take(&mut self.waiting_for_stats) {
+            self.answer(Some(asker), Ok(reply::Result::Stats(stats.clone())));
+        }
+    }
+
+    fn running(&self) -> impl Iterator<Item = (&String, &Container)> {
         let running = |container: &Container| self.tasks.get(&container.task).is_some_and(Task::is_running);
-        let containers = self.containers.iter().filter(|(_, container)| running(container));
+        self.containers.iter().filter(move |(_, container)| running(container))
+    }
+
+    fn stats(&self) -> v1::PodStats {
+        let counts = self.census.counts();
+        let layer = |(id, _): (&String, &Container)| Some((id.clone(), *counts.get(id)?));
         v1::PodStats {
             pod: Some(cgroup::pod_figures()),
-            containers: containers.map(|(id, container)| (id.clone(), container.cgroup.figures())).collect(),
+            containers: self.running().map(|(id, container)| (id.clone(), container.cgroup.figures())).collect(),
             network: std::fs::read_to_string("/proc/net/dev").unwrap_or_default(),
+            layers: self.running().filter_map(layer).collect(),
         }
     }
 

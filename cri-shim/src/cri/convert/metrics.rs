@@ -16,6 +16,9 @@ const LABELS: [&str; 6] = ["container", "id", "image", "name", "namespace", "pod
 /// What stands for a container in metrics of the pod as a whole.
 const POD: &str = "POD";
 
+/// What stands for a device where a writable layer is meant.
+const WRITABLE_LAYER: &str = "scratch";
+
 const NS_PER_SECOND: u64 = 1_000_000_000;
 
 /// A value, and labels beyond those that all have.
@@ -113,6 +116,12 @@ const CONTAINER: &[Entry<Seen>] = &[
         &["device"],
     ),
     labelled(&counter("container_fs_reads_total", "Reads.", |s| by_device(&s.usage, |t| t.reads)), &["device"]),
+    labelled(
+        &gauge("container_fs_usage_bytes", "Bytes allocated in the writable layer.", |s| {
+            s.usage.layer.map(|layer| (vec![WRITABLE_LAYER.to_owned()], layer.bytes)).into_iter().collect()
+        }),
+        &["device"],
+    ),
     labelled(
         &counter("container_fs_writes_bytes_total", "Bytes written.", |s| by_device(&s.usage, |t| t.written_bytes)),
         &["device"],

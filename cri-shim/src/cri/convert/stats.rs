@@ -1,13 +1,15 @@
 //! What pods and containers use, in the CRI's words.
 
+use std::path::Path;
+
 use super::status::{container_metadata, map, pod_metadata};
 use crate::cri::proto::{
-    ContainerAttributes, ContainerStats, ContainerStatsFilter, CpuUsage, IoUsage, LinuxPodSandboxStats, MemoryUsage,
-    NetworkInterfaceUsage, NetworkUsage, PodSandboxAttributes, PodSandboxStats, PodSandboxStatsFilter, ProcessUsage,
-    PsiData, PsiStats, SwapUsage, UInt64Value,
+    ContainerAttributes, ContainerStats, ContainerStatsFilter, CpuUsage, FilesystemIdentifier, FilesystemUsage,
+    IoUsage, LinuxPodSandboxStats, MemoryUsage, NetworkInterfaceUsage, NetworkUsage, PodSandboxAttributes,
+    PodSandboxStats, PodSandboxStatsFilter, ProcessUsage, PsiData, PsiStats, SwapUsage, UInt64Value,
 };
 use crate::network::INTERFACE;
-use crate::pod::{ContainerState, ContainerStatus, PodStatus, PodUsage, Pressure, Stall, Traffic, Usage};
+use crate::pod::{ContainerState, ContainerStatus, Layer, PodStatus, PodUsage, Pressure, Stall, Traffic, Usage};
 
 use super::filter::labels_match;
 
@@ -40,7 +42,7 @@ pub(in crate::cri) fn container_stats(container: &ContainerStatus, pod: Option<&
         attributes,
         cpu: Some(cpu(usage, pod.at_ns)),
         memory: Some(memory(usage, pod.at_ns)),
-        writable_layer: None,
+        writable_layer: usage.layer.map(|layer| filesystem(layer, &pod.layers_directory)),
         swap: Some(swap(usage, pod.at_ns)),
         io: Some(io(usage, pod.at_ns)),
     }
@@ -64,6 +66,15 @@ pub(in crate::cri) fn pod_stats(pod: &PodStatus, usage: &PodUsage) -> PodSandbox
         io: Some(io(&usage.pod, usage.at_ns)),
     };
     PodSandboxStats { attributes: Some(attributes), linux: Some(linux), windows: None }
+}
+
+fn filesystem(layer: Layer, directory: &Path) -> FilesystemUsage {
+    FilesystemUsage {
+        timestamp: layer.at_ns,
+        fs_id: Some(FilesystemIdentifier { mountpoint: directory.display().to_string() }),
+        used_bytes: value(Some(layer.bytes)),
+        inodes_used: value(Some(layer.inodes)),
+    }
 }
 
 fn value(value: Option<u64>) -> Option<UInt64Value> {
