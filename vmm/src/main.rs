@@ -85,7 +85,7 @@ fn boot(setup: Setup, events: &mut Events) -> Result<i32, StartError> {
     // What the guest finds in memory, and its CPUs at the kernel's entry.
     cpu::write_boot_tables(&ram.memory).map_err(LoadError::from)?;
     let acpi_root = acpi::write(&ram.memory, setup.vcpus, serial).map_err(LoadError::from)?;
-    let command_line = command_line(&setup.cmdline, serial);
+    let command_line = command_line(&setup.cmdline, serial, setup.vsock.is_some());
     let seed = loader::seed()?;
     let image = Image { kernel: setup.kernel, initrd: setup.initrd, command_line: &command_line, seed, acpi_root };
     let loaded = loader::load(&ram, image)?;
@@ -130,10 +130,11 @@ fn boot(setup: Setup, events: &mut Events) -> Result<i32, StartError> {
 /// A panic ends the guest at once. There is no PCI behind ports 0xcf8 and 0xcfc, so Linux need not look there for
 /// devices with early quirks, two exits each. Its lock prefixes stay as they are with one CPU too: taking them out costs
 /// 4 million instructions, and putting them back when a second one comes as many again. The console is the ring, or
-/// the serial port of a machine that has one.
-fn command_line(added: &str, serial: bool) -> String {
+/// the serial port of a machine that has one. An agent brings up the CPUs beyond the first when it is ready.
+fn command_line(added: &str, serial: bool, agent: bool) -> String {
     let console = if serial { " console=ttyS0" } else { "" };
-    format!("panic=-1 pci=noearly noreplace-smp {}{console} {added}", console::parameters()).trim_end().to_owned()
+    let cpus = if agent { " maxcpus=1" } else { "" };
+    format!("panic=-1 pci=noearly noreplace-smp {}{console}{cpus} {added}", console::parameters()).trim_end().to_owned()
 }
 
 fn open_serial(vm: &kvm_ioctls::VmFd, keyboard: Option<File>) -> io::Result<Port> {

@@ -17,6 +17,7 @@ use cri_shim::network::Network;
 use cri_shim::pod::Pods;
 use cri_shim::spawner::Spawner;
 use cri_shim::streaming::Streaming;
+use nix::sys::prctl::set_thp_disable;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -49,6 +50,8 @@ fn start(arguments: &Arguments) -> Result<()> {
     let config = Config::load(&arguments.config)?;
     // Before any thread: it forks, and fork and threads do not mix.
     let spawner = Spawner::fork().context("starting the spawner")?;
+    // Huge pages under many small heaps and stacks would be most of the daemon's memory. Only its own: VMMs are the spawner's.
+    set_thp_disable(true).context("leaving huge pages to others")?;
     log(&config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
     let result = runtime.block_on(run(&config, spawner));

@@ -75,6 +75,7 @@ impl Pulls {
             () = forward => future.await,
             result = &mut future => result,
         };
+        give_back();
         result.map_err(|error| Arc::try_unwrap(error).unwrap_or_else(Error::Shared))
     }
 
@@ -100,6 +101,13 @@ impl Pulls {
         }
         (future, progress)
     }
+}
+
+/// Returns to the system what a pull used: an allocator keeps it in each thread's arena, many times what the idle daemon needs.
+#[expect(unsafe_code, reason = "malloc_trim has no safe wrapper among our crates")]
+fn give_back() {
+    // SAFETY: it takes no pointer, and may be called by any thread at any time.
+    unsafe { libc::malloc_trim(0) };
 }
 
 async fn run(

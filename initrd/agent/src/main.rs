@@ -13,6 +13,7 @@ mod cgroup;
 mod configure;
 mod connection;
 mod container;
+mod cpus;
 mod devices;
 mod disk;
 mod fault;
@@ -86,6 +87,7 @@ fn live() -> Result<(), Box<dyn Error>> {
     mounts::prepare()?;
     cgroup::prepare()?;
     if in_guest {
+        cpus::bring_up();
         fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ)?;
         setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES)?;
     }
