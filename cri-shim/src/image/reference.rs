@@ -62,7 +62,7 @@ impl Reference {
             alone if registry == DOCKER_HUB && !alone.contains('/') => format!("{DOCKER_HUB_USER}/{alone}"),
             whole => whole.to_owned(),
         };
-        let fits = registry.len() + repository.len() < MAX_NAME;
+        let fits = registry.len().saturating_add(repository.len()) < MAX_NAME;
         let right = fits && is_registry(registry) && repository.split('/').all(is_component) && tag.is_none_or(is_tag);
         let tag = tag.or(digest.is_none().then_some(DEFAULT_TAG)).map(str::to_owned);
         right.then(|| Self { registry: registry.to_owned(), repository, tag, digest })

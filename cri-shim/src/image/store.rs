@@ -418,7 +418,7 @@ fn find(index: &Index, name_or_id: &str) -> Option<Digest> {
     let named = || {
         let reference = Reference::parse(name_or_id).ok()?;
         let tag = reference.repo_tag();
-        let digest = reference.digest().map(|digest| reference.repo_digest(&digest));
+        let digest = reference.digest().map(|digest| reference.repo_digest(digest));
         let has_name = |record: &Record| {
             tag.iter().any(|tag| record.tags.contains(tag))
                 || digest.iter().any(|digest| record.digests.contains(digest))
