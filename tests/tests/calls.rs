@@ -63,6 +63,16 @@ fn metrics_are_cadvisors_and_the_guests() {
     assert_eq!(value(&of_container, "container_processes"), 2, "yes, and sleep in place of the shell");
     assert!((1..64 << 20).contains(&value(&of_container, "container_memory_working_set_bytes")));
     assert_eq!(value(&of_container, "container_oom_events_total"), 0);
+
+    let info = &node.inspect_pod(&pod)["info"];
+    assert!(info["vmm_pid"].as_u64().is_some_and(|pid| pid > 0), "{info}");
+    let moments: Vec<&str> =
+        info["timeline"].as_array().expect("a list").iter().filter_map(|it| it["name"].as_str()).collect();
+    let place =
+        |name: &str| moments.iter().position(|moment| *moment == name).unwrap_or_else(|| panic!("{name}: {info}"));
+    assert!(place("spawned") < place("kernel_booted") && place("kernel_booted") < place("configured"), "{moments:?}");
+    let disks = info["disks"].as_array().expect("a list");
+    assert_eq!((disks.len(), disks[0]["image"].is_null(), disks[1]["image"].is_string()), (2, true, true), "{info}");
     node.remove_pod(&pod);
 }
 

@@ -13,7 +13,7 @@ use super::proto::runtime_service_server::RuntimeService;
 use super::proto::*;
 use super::{Node, convert, readiness, stats};
 use crate::error::Error;
-use crate::pod::{ContainerState, PodState};
+use crate::pod::{ContainerState, Moment, PodState, PodStatus};
 use crate::streaming::{self, Wanted};
 
 /// Of this interface, not of this program (CRI `VersionResponse.version`).
@@ -49,6 +49,14 @@ fn info(verbose: bool, value: &impl Serialize) -> Result<HashMap<String, String>
     }
     let text = serde_json::to_string(value).map_err(|error| Status::internal(error.to_string()))?;
     Ok(HashMap::from([("info".to_owned(), text)]))
+}
+
+/// A pod for people who look into it.
+#[derive(Serialize)]
+struct PodDetails<'a> {
+    #[serde(flatten)]
+    pod: &'a PodStatus,
+    timeline: Vec<Moment>,
 }
 
 fn now_ns() -> i64 {
@@ -149,9 +157,10 @@ impl RuntimeService for Node {
     async fn pod_sandbox_status(&self, request: Request<PodSandboxStatusRequest>) -> Answer<PodSandboxStatusResponse> {
         let PodSandboxStatusRequest { pod_sandbox_id, verbose } = request.into_inner();
         let pod = self.pods.pod(&pod_sandbox_id)?;
+        let timeline = if verbose { self.pods.timeline(&pod.id).await? } else { Vec::new() };
         answer(PodSandboxStatusResponse {
             status: Some(convert::pod_status(&pod)),
-            info: info(verbose, &*pod)?,
+            info: info(verbose, &PodDetails { pod: &pod, timeline })?,
             containers_statuses: pod.containers.values().map(convert::container_status).collect(),
             timestamp: now_ns(),
         })

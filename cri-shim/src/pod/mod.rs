@@ -31,7 +31,7 @@ use vmm_control::{Command, Reply};
 pub use config::{CoreConfig, PodDir};
 pub use events::{Event, EventKind};
 pub use stats::{Layer, PodUsage, Pressure, Stall, Throttling, Traffic, Transfers, Usage};
-pub use status::{ContainerState, ContainerStatus, ContainerUser, ExecOutput, Moment, PodState, PodStatus};
+pub use status::{ContainerState, ContainerStatus, ContainerUser, ExecOutput, Moment, PodDisk, PodState, PodStatus};
 
 use context::{Context, blocking};
 
@@ -42,6 +42,7 @@ use crate::network::Network;
 use crate::random;
 use crate::spawner::Spawner;
 use crate::spec::{ContainerSpec, PodSpec, Resources};
+use crate::vmm;
 use table::{Pod, Table};
 
 pub(crate) use message::exec_process;
@@ -264,9 +265,14 @@ impl Pods {
         self.table.pod(id)?.run(|owner| Box::pin(owner.usage())).await
     }
 
-    /// The moments of a pod's start, in order of time.
+    /// The moments of a pod's start, those the VMM noted among them, in order of time.
     pub async fn timeline(&self, id: &str) -> Result<Vec<Moment>> {
-        self.table.pod(id)?.run(|owner| Box::pin(async move { Ok(owner.timeline()) })).await
+        let pod = self.table.pod(id)?;
+        let dir = self.context.config.pod_dir(pod.id());
+        let mut moments = pod.status().moments.clone();
+        moments.extend(blocking(move || Ok(vmm::moments(&dir))).await?);
+        moments.sort_by_key(|moment| moment.at_ns);
+        Ok(moments)
     }
 
     /// What a pod's VMM has counted since it started, such as exits by reason.

@@ -20,14 +20,14 @@ use super::context::{Context, blocking};
 use super::copies::Copies;
 use super::events::EventKind;
 use super::stats::CpuTimes;
-use super::{ContainerState, ContainerStatus, Moment, PodDir, PodState, PodStatus};
+use super::{ContainerState, ContainerStatus, PodDir, PodDisk, PodState, PodStatus};
 use crate::agent::{Agent, Call, Notice};
 use crate::clock;
 use crate::error::{Error, IoContext, Result};
 use crate::record::{ContainerRecord, Life, Phase, Record};
 use crate::spec::NetworkSource;
 use crate::undo::Undo;
-use crate::vmm::{self, Vmm};
+use crate::vmm::Vmm;
 
 /// How long a guest may take to power itself off.
 const POWER_OFF_LIMIT: Duration = Duration::from_secs(10);
@@ -299,14 +299,6 @@ impl Owner {
         self.context.events.tell_one(self.record.id.clone(), EventKind::Deleted, &self.status.borrow());
         Ok(())
     }
-
-    /// The moments of its start, those the VMM noted among them.
-    pub(super) fn timeline(&self) -> Vec<Moment> {
-        let mut moments = self.record.moments.clone();
-        moments.extend(vmm::moments(&self.dir));
-        moments.sort_by_key(|moment| moment.at_ns);
-        moments
-    }
 }
 
 /// Marks a container as ended, unless it already is.
@@ -358,6 +350,8 @@ pub(super) fn status(record: &Record, silence: &str) -> PodStatus {
         memory_mib: record.memory_mib,
         vcpus: record.vcpus,
         cgroup: record.cgroup.clone(),
+        disks: record.disks.iter().map(|disk| PodDisk { file: disk.file.clone(), image: disk.image.clone() }).collect(),
+        moments: record.moments.clone(),
         containers: containers.map(|(id, container)| (id.clone(), container_status(record, id, container))).collect(),
     }
 }

@@ -46,8 +46,22 @@ pub struct PodStatus {
     pub vcpus: u8,
     /// cgroup of the VMM, below the cgroup root.
     pub cgroup: String,
+    /// What its disk shows.
+    pub disks: Vec<PodDisk>,
+    /// The moments of its start that the daemon saw.
+    #[serde(skip)]
+    pub moments: Vec<Moment>,
     /// Its containers by id.
     pub containers: BTreeMap<String, ContainerStatus>,
+}
+
+/// A part of a pod's disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct PodDisk {
+    /// On the host.
+    pub file: PathBuf,
+    /// The image it belongs to; `None` is where containers write.
+    pub image: Option<String>,
 }
 
 /// Where a container is in its life (CRI ContainerState).

@@ -281,6 +281,8 @@ mod tests {
             memory_mib: 0,
             vcpus: 1,
             cgroup: String::new(),
+            disks: Vec::new(),
+            moments: Vec::new(),
             containers: BTreeMap::from([("c1".into(), container())]),
         }
     }
