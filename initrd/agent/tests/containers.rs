@@ -105,6 +105,13 @@ fn a_command_that_cannot_run_is_told_with_its_name() {
 }
 
 #[test]
+fn a_container_sees_every_cpu() {
+    let mut pod = Pod::start();
+    let cpus = pod.cpus();
+    assert_eq!(lines(&mut pod, container("a", "nproc")), [cpus.to_string()]);
+}
+
+#[test]
 fn a_container_sees_itself_alone() {
     let mut pod = Pod::start();
     let script = "echo pid $$; ls -d /proc/[0-9]* | wc -l; cat /proc/self/cgroup; ls /; cat /proc/self/mountinfo";

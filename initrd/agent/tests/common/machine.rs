@@ -77,7 +77,18 @@ fn make_files(directory: &Path) -> (PathBuf, PathBuf) {
     (image, scratch)
 }
 
+/// CPUs of a guest, whose kernel starts the first alone.
+const VCPUS: u8 = 2;
+
 impl Machine {
+    /// CPUs that it has.
+    pub(crate) fn cpus(&self) -> usize {
+        match self {
+            Self::Namespaces(_) => std::thread::available_parallelism().expect("known").get(),
+            Self::Guest(_) => VCPUS.into(),
+        }
+    }
+
     /// Boots one and waits until its agent is ready.
     pub(crate) fn boot() -> Self {
         let variable = |name: &str| std::env::var_os(name).map(PathBuf::from);
@@ -238,7 +249,7 @@ impl Guest {
             kernel: inherited(&kernel),
             initrd: Some(inherited(&initrd)),
             cmdline: String::new(),
-            vcpus: 1,
+            vcpus: VCPUS,
             memory_mib: 256,
             console: vmm_control::Console::Ring,
             disks: vec![Disk { capacity_bytes: vmm_control::POD_DISK_BYTES, extents }],

@@ -85,6 +85,11 @@ impl Pod {
         pod
     }
 
+    /// CPUs of the pod's machine.
+    pub(crate) fn cpus(&self) -> usize {
+        self.machine.cpus()
+    }
+
     pub(crate) fn dial(&self, port: u32) -> UnixStream {
         self.machine.dial(port)
     }
