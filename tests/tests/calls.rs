@@ -11,7 +11,7 @@ use cri_shim::cri::proto::{
     LinuxContainerResources, ListMetricDescriptorsRequest, ListPodSandboxMetricsRequest, Metric, PodSandboxMetrics,
     UpdatePodSandboxResourcesRequest,
 };
-use pericarp_tests::{Client, Node, image, status_of, wait_until};
+use pericarp_tests::{Client, Node, Terminal, image, status_of, wait_until};
 use serde_json::json;
 use tonic::{Code, Status};
 
@@ -188,6 +188,13 @@ fn root_of_a_user_namespace_owns_its_container_and_nothing_else() {
     run("chown 1:2 /bin/busybox && test $(stat -c %u:%g /bin/busybox) = 1:2");
     // Ports below 1024, as in a network namespace of its own.
     run("nc -l -p 80 </dev/null >/dev/null & sleep 1; netstat -ltn | grep -q ':80 '; kill $!");
+    // Its terminals are its own too.
+    let mut exec = node.crictl_command();
+    exec.args(["exec", "-it", &container, "sh", "-c", "stat -c owner=%u:%g $(tty); echo open >/dev/tty"]);
+    let mut terminal = Terminal::run(&exec, 24, 80);
+    terminal.wait_for("owner=0:5", 1);
+    terminal.wait_for("open", 1);
+    assert!(terminal.wait().success(), "{}", terminal.screen());
     node.crictl(["exec", "--sync", &container, "sh", "-c", "umount /proc"]).refused();
     node.crictl(["exec", "--sync", &container, "sh", "-c", "hostname other"]).refused();
     node.remove_pod(&pod);
