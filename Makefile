@@ -25,7 +25,7 @@ programs:
 
 # What starts once per pod is static: no dynamic loader on the path of a pod's start, no library to find in a jail.
 static-programs:
-	RUSTFLAGS='-C target-feature=+crt-static' CARGO_PROFILE_RELEASE_LTO=thin cargo build --release --locked --target $(TARGET) -p pericarp-vmm -p pericarp-init
+	RUSTFLAGS='-C target-feature=+crt-static' CARGO_PROFILE_RELEASE_LTO=thin cargo build --release --locked --target $(TARGET) -p pericarp-vmm -p pericarp-fs -p pericarp-init
 
 kernel:
 	guest-kernel/build
@@ -35,7 +35,7 @@ initrd: static-programs
 
 install: build
 	install -Dt $(DESTDIR)$(PREFIX)/bin $(HOST_BIN)/pericarpd $(HOST_BIN)/pericarp
-	install -Dt $(DESTDIR)$(PREFIX)/lib/pericarp $(STATIC_BIN)/pericarp-vmm
+	install -Dt $(DESTDIR)$(PREFIX)/lib/pericarp $(STATIC_BIN)/pericarp-vmm $(STATIC_BIN)/pericarp-fs
 	kernel=$$(guest-kernel/build --print-dir); install -Dm644 -t $(DESTDIR)$(PREFIX)/lib/pericarp $$kernel/vmlinux $$kernel/version target/initrd
 	install -Dm644 -t $(DESTDIR)/etc/pericarp deploy/pericarp.toml
 	install -Dm644 -t $(DESTDIR)/etc/cni/net.d deploy/10-pericarp.conflist
@@ -72,7 +72,7 @@ test-host: setup
 	cargo test --locked -p pericarp-tests --test architecture
 
 # Two labs side by side use both cores.
-LAB_TESTS_A := pod cli kill
+LAB_TESTS_A := pod cli kill volumes
 LAB_TESTS_B := bad_input streaming at_once calls
 LAB_TESTS_SLOW := in_turn
 

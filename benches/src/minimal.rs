@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use agent_protocol::CONTROL_PORT;
 use anyhow::{Context, Result, ensure};
-use cri_shim::spawner::{Child, Client, Program, Spawner};
+use cri_shim::spawner::{Child, Client, Kind, Program, Spawner};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
@@ -128,7 +128,7 @@ impl Minimal {
         document.write_all(&serde_json::to_vec(&config)?)?;
         document.rewind()?;
         fds.push((0, document.into()));
-        Ok(Program { binary: File::open(&self.vmm)?.into(), cgroup: File::open(CGROUP)?.into(), fds })
+        Ok(Program { kind: Kind::Vmm, binary: File::open(&self.vmm)?.into(), cgroup: File::open(CGROUP)?.into(), fds })
     }
 }
 

@@ -85,6 +85,12 @@ pub(crate) fn create(root: &Path, leaf: &str, limits: Limits) -> Result<OwnedFd>
     if let Some(cpu) = limits.cpu {
         limit_cpu(root, leaf, cpu)?;
     }
+    open(root, leaf)
+}
+
+/// Opens a leaf for clone3(2).
+pub(crate) fn open(root: &Path, leaf: &str) -> Result<OwnedFd> {
+    let at = root.join(leaf.trim_start_matches('/'));
     let directory = File::options().read(true).custom_flags(libc::O_DIRECTORY).open(&at);
     Ok(directory.doing(|| format!("opening cgroup {}", at.display()))?.into())
 }

@@ -12,6 +12,7 @@ pub mod error;
 pub mod image;
 pub mod network;
 pub mod pod;
+mod process;
 mod random;
 mod record;
 mod scratch;
@@ -21,6 +22,7 @@ pub mod spec;
 pub mod streaming;
 mod undo;
 mod vmm;
+mod volume;
 mod watched;
 
 pub use agent::{Session, SessionOutput, SessionReader, SessionWriter};

@@ -15,6 +15,7 @@ use thiserror::Error;
 
 use crate::network::Attachment;
 use crate::pod::{ContainerUser, Moment};
+use crate::process::ProcessRecord;
 use crate::spec::{ContainerSpec, PodSpec};
 
 /// Version of [`Record`]; another one's pods are left alone.
@@ -65,7 +66,13 @@ pub(crate) struct Record {
     /// Virtual CPUs.
     pub vcpus: u8,
     /// The VMM, once it is known.
-    pub vmm: Option<VmmRecord>,
+    pub vmm: Option<ProcessRecord>,
+    /// What serves its shared directories, once it has any.
+    #[serde(default)]
+    pub file_server: Option<FileServerRecord>,
+    /// The next shared directory's number.
+    #[serde(default)]
+    pub next_share: u32,
     /// The network namespace that holds its tap.
     pub netns: Option<PathBuf>,
     /// What the guest was told of its network.
@@ -106,13 +113,13 @@ pub(crate) enum Phase {
     Removing,
 }
 
-/// A VMM process, told from any later one of the same number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct VmmRecord {
-    /// On the host.
-    pub pid: u32,
-    /// Clock ticks from boot to its start (proc(5), field 22 of stat).
-    pub start_time: u64,
+/// The process that serves a pod's shared directories.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct FileServerRecord {
+    /// Itself.
+    pub process: ProcessRecord,
+    /// What the guest mounts it by.
+    pub tag: String,
 }
 
 /// An extent of the pod disk.
@@ -139,6 +146,9 @@ pub(crate) struct ContainerRecord {
     pub image_id: String,
     /// Its log and the port that leads there.
     pub log: Option<LogRecord>,
+    /// Numbers of the shared directories that it mounts, by their place in the container.
+    #[serde(default)]
+    pub shares: BTreeMap<String, u32>,
     /// Who its first process runs as, once the agent has said so.
     #[serde(default)]
     pub user: Option<ContainerUser>,
@@ -239,7 +249,9 @@ pub(crate) mod tests {
             cgroup: "/pericarp/x".into(),
             memory_mib: 512,
             vcpus: 1,
-            vmm: Some(VmmRecord { pid: 7, start_time: 9 }),
+            vmm: Some(ProcessRecord { pid: 7, start_time: 9 }),
+            file_server: None,
+            next_share: 0,
             netns: None,
             attachment: None,
             guest_kernel: "6.12".into(),
@@ -251,6 +263,7 @@ pub(crate) mod tests {
                     created_at_ns: 2,
                     image_id: "sha256:0".into(),
                     log: Some(LogRecord { port: 2000, path: "/log".into() }),
+                    shares: BTreeMap::from([("/data".into(), 4)]),
                     user: Some(ContainerUser { uid: 1, gid: 2, groups: vec![3] }),
                     life: Life::Running { started_at_ns: 3 },
                 },

@@ -285,12 +285,15 @@ pub struct MountSpec {
     pub source: MountSource,
     /// Whether it refuses writes.
     pub read_only: bool,
-    /// Whether what is mounted below it refuses them too, as asked for; what is copied into a guest does so anyway.
+    /// Whether what is mounted below it refuses them too.
     #[serde(default)]
     pub recursive_read_only: bool,
     /// Whether its owners are numbers in the pod's user namespace.
     #[serde(default)]
     pub mapped: bool,
+    /// Whether what is mounted on the host below a directory, after the container has begun, is seen in it too.
+    #[serde(default)]
+    pub host_to_container: bool,
 }
 
 /// What is mounted.

@@ -5,7 +5,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Seek, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::Duration;
@@ -22,8 +22,8 @@ use vmm_control::{
 
 use crate::error::{Error, IoContext, Result};
 use crate::pod::{CoreConfig, Moment, PodDir};
-use crate::record::VmmRecord;
-use crate::spawner::{Child, Client, Ended, Program};
+use crate::process::{self, ProcessRecord};
+use crate::spawner::{Child, Client, Ended, Kind, Program};
 use crate::watched::watch;
 
 /// First number of a descriptor beyond the standard three.
@@ -54,7 +54,7 @@ pub(crate) struct Launch<'a> {
 /// A VMM that was running when last seen.
 #[derive(Debug)]
 pub(crate) struct Vmm {
-    id: VmmRecord,
+    id: ProcessRecord,
     pidfd: AsyncFd<OwnedFd>,
     /// Only if this daemon started it.
     ended: Option<oneshot::Receiver<Ended>>,
@@ -72,28 +72,20 @@ impl Vmm {
     fn watch(child: Child, dir: PodDir) -> Result<Self> {
         let Child { pid, pidfd, ended } = child;
         // 0 if it has ended already, which no later process's start is.
-        let start_time = start_time(pid).unwrap_or(0);
+        let start_time = process::start_time(pid).unwrap_or(0);
         let pidfd = watch(pidfd).doing(|| "watching the VMM")?;
-        Ok(Self { id: VmmRecord { pid, start_time }, pidfd, ended: Some(ended), dir })
+        Ok(Self { id: ProcessRecord { pid, start_time }, pidfd, ended: Some(ended), dir })
     }
 
     /// Finds a VMM that an earlier daemon started; `None` if it has ended.
-    pub(crate) fn adopt(id: VmmRecord, dir: PodDir) -> Result<Option<Self>> {
-        let pidfd = match pidfd_open(id.pid) {
-            Ok(pidfd) => pidfd,
-            Err(Errno::ESRCH | Errno::EINVAL) => return Ok(None),
-            Err(error) => return Err(error).doing(|| "finding the VMM again"),
-        };
-        // Checked after the pidfd is open: from here on the number cannot pass to another process unseen.
-        if start_time(id.pid) != Some(id.start_time) {
-            return Ok(None);
-        }
+    pub(crate) fn adopt(id: ProcessRecord, dir: PodDir) -> Result<Option<Self>> {
+        let Some(pidfd) = process::find(id).doing(|| "finding the VMM again")? else { return Ok(None) };
         let pidfd = watch(pidfd).doing(|| "watching the VMM")?;
         Ok(Some(Self { id, pidfd, ended: None, dir }))
     }
 
     /// What the record holds of it.
-    pub(crate) fn id(&self) -> VmmRecord {
+    pub(crate) fn id(&self) -> ProcessRecord {
         self.id
     }
 
@@ -216,7 +208,7 @@ fn program(config: &CoreConfig, launch: Launch<'_>) -> Result<Program> {
         events: Some(fds.give(append(&dir.events())?)),
     };
     fds.0.push((0, document(&vmm)?));
-    Ok(Program { binary: open(&config.vmm)?.into(), cgroup: launch.cgroup, fds: fds.0 })
+    Ok(Program { kind: Kind::Vmm, binary: open(&config.vmm)?.into(), cgroup: launch.cgroup, fds: fds.0 })
 }
 
 /// The descriptors of a VMM by number.
@@ -260,21 +252,6 @@ fn listener(dir: &PodDir, path: &Path, kind: SockType) -> Result<OwnedFd> {
     make().doing(|| format!("listening on {}", path.display()))
 }
 
-#[expect(unsafe_code, reason = "nix has no pidfd_open")]
-fn pidfd_open(pid: u32) -> nix::Result<OwnedFd> {
-    // SAFETY: takes two integers (pidfd_open(2)).
-    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
-    let fd = RawFd::try_from(fd).map_err(|_| Errno::EBADF)?;
-    // SAFETY: the kernel has just made this descriptor and nobody else holds it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-/// When a process was started: field 22 of its stat (proc(5)), counted from behind the name, which may hold anything.
-fn start_time(pid: u32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -302,15 +279,6 @@ mod tests {
     fn a_vmm_that_never_started_quotes_its_own_words() {
         let message = cause(&[], Some(Ended::Exited(5)), "pericarp-vmm: KVM lacks x\n");
         assert_eq!(message, "the VMM ended with exit code 5: pericarp-vmm: KVM lacks x");
-    }
-
-    #[test]
-    fn this_process_is_found_by_number_and_start() {
-        let pid = std::process::id();
-        let start = start_time(pid).expect("proc is mounted");
-        assert!(start > 0);
-        assert!(pidfd_open(pid).expect("it runs").as_raw_fd() > 2);
-        assert_eq!(start_time(u32::MAX), None);
     }
 
     #[test]

@@ -41,8 +41,13 @@ fn the_vmm_never_sees_the_node_side() {
 }
 
 #[test]
+fn the_file_server_sees_nothing_of_ours() {
+    assert_links_none("pericarp-fs", &["cri-shim", "agent-protocol", "pericarp-vmm", "vmm-control", "serde"]);
+}
+
+#[test]
 fn async_and_grpc_stay_under_cri_shim() {
-    for name in ["pericarp-vmm", "vmm-control", "agent-protocol", "pericarp-init"] {
+    for name in ["pericarp-vmm", "pericarp-fs", "vmm-control", "agent-protocol", "pericarp-init"] {
         assert_links_none(name, &["tokio", "tonic", "hyper", "async-std", "futures"]);
     }
 }

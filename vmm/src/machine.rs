@@ -30,7 +30,7 @@ use crate::virtio::counters::Snapshot;
 use crate::virtio::device::{Backend, DeviceInfo};
 use crate::virtio::poller::{Poller, Wait};
 use crate::virtio::transport::{TransportError, VirtioPci};
-use crate::virtio::{blk, net, rng, vsock};
+use crate::virtio::{blk, fs, net, rng, vsock};
 
 const NOTES: u64 = 0;
 const SIGNALS: u64 = 1;
@@ -46,6 +46,9 @@ pub enum DeviceSetupError {
     /// A tap.
     #[error("a tap is refused")]
     Tap(#[from] net::TapError),
+    /// A shared directory.
+    #[error("a shared directory is refused")]
+    Fs(#[from] fs::FsError),
     /// The bus.
     #[error(transparent)]
     Transport(#[from] TransportError),
@@ -56,7 +59,7 @@ impl DeviceSetupError {
     pub fn exit_code(&self) -> i32 {
         match self {
             Self::Disk(_) => exit::BAD_CONFIG,
-            Self::Tap(_) => exit::BAD_FD,
+            Self::Tap(_) | Self::Fs(_) => exit::BAD_FD,
             Self::Transport(_) => exit::INTERNAL,
         }
     }
@@ -69,6 +72,7 @@ pub struct Devices {
     notifier: Notifier,
     disks: Vec<blk::Handle>,
     nets: usize,
+    shares: usize,
     vsock: Option<vsock::Handle>,
     meters: Vec<(String, Meter)>,
 }
@@ -78,7 +82,7 @@ type Meter = Box<dyn Fn() -> Snapshot>;
 impl Devices {
     /// No devices yet.
     pub fn new(bus: Arc<Bus>, ram: GuestRam, notifier: Notifier) -> Self {
-        Self { bus, ram, notifier, disks: Vec::new(), nets: 0, vsock: None, meters: Vec::new() }
+        Self { bus, ram, notifier, disks: Vec::new(), nets: 0, shares: 0, vsock: None, meters: Vec::new() }
     }
 
     /// Plugs in the vsock.
@@ -102,6 +106,13 @@ impl Devices {
     pub fn add_net(&mut self, net: Net, tap: OwnedFd) -> Result<(), DeviceSetupError> {
         let (info, backend, handle) = net::device(format!("net{}", self.nets), tap.into(), net.mac)?;
         self.nets += 1;
+        self.plug(info, Box::new(backend), Box::new(move || handle.counters()))
+    }
+
+    /// Plugs in a shared directory.
+    pub fn add_fs(&mut self, tag: &str, server: OwnedFd) -> Result<(), DeviceSetupError> {
+        let (info, backend, handle) = fs::device(format!("fs{}", self.shares), tag, server)?;
+        self.shares += 1;
         self.plug(info, Box::new(backend), Box::new(move || handle.counters()))
     }
 
@@ -279,6 +290,9 @@ impl<'e> Machine<'e> {
                 self.pod_disk()?.remove(first_sector).map_err(|error| describe(&error))?;
             }
             Command::AddNet(net) => self.devices.add_net(net, one(fds)?).map_err(|error| describe(&error))?,
+            Command::AddFs { ref tag } => {
+                self.devices.add_fs(tag, one(fds)?).map_err(|error| describe(&error))?;
+            }
             Command::SetSink { port } => {
                 self.vsock()?.set_sink(port, one(fds)?.into()).map_err(|error| describe(&error))?;
             }

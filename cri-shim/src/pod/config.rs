@@ -70,6 +70,11 @@ impl CoreConfig {
         PodDir(self.pods_dir().join(id))
     }
 
+    /// The `pericarp-fs` binary: beside the VMM's.
+    pub fn file_server(&self) -> PathBuf {
+        self.vmm.with_file_name("pericarp-fs")
+    }
+
     /// A pod's writable space.
     pub fn scratch_file(&self, id: &str) -> PathBuf {
         self.scratch_dir.join(format!("{id}.ext4"))
@@ -113,6 +118,11 @@ impl PodDir {
     /// The VMM's events, one JSON object a line.
     pub fn events(&self) -> PathBuf {
         self.0.join("events")
+    }
+
+    /// What the process that serves shared directories wrote to its standard error.
+    pub fn file_server_log(&self) -> PathBuf {
+        self.0.join("fs.log")
     }
 
     /// What the VMM wrote to its standard error.

@@ -48,10 +48,12 @@ impl Owner {
             return Err(Error::AlreadyExists(text));
         }
         let log = self.plan_log(&spec)?;
+        let shares = self.plan_shares(&spec).await?;
         let Rootfs::Image(image_id) = spec.rootfs.clone();
         let life = Life::Creating;
         let created_at_ns = clock::realtime_ns();
-        let container = ContainerRecord { spec: Arc::new(spec), created_at_ns, image_id, log, user: None, life };
+        let spec = Arc::new(spec);
+        let container = ContainerRecord { spec, created_at_ns, image_id, log, shares, user: None, life };
         self.record.containers.insert(id.clone(), container.clone());
         let made = self.make_container(&id, &container).await;
         match &made {
@@ -75,6 +77,7 @@ impl Owner {
         if let Some(log) = &container.log {
             self.open_log(log).await?;
         }
+        self.make_shares(container).await?;
         let (record, container, name) = (self.record.clone(), container.clone(), id.to_owned());
         let create = blocking(move || message::create_container(&record, &name, &container)).await?;
         self.copies.sent(&create);
@@ -224,6 +227,8 @@ impl Owner {
             Ok(()) | Err(Error::NotFound(_)) => {}
             Err(error) => return Err(error),
         }
+        // The guest has let go of them.
+        self.unmake_shares(id).await?;
         let Some(log) = self.record.containers.get(id).and_then(|container| container.log.as_ref()) else {
             return Ok(());
         };

@@ -54,7 +54,9 @@ impl Copies {
     /// Those that an earlier daemon may have made for a pod are looked at soon.
     pub(super) fn new(follower: Follower, record: &Record) -> Self {
         let places = record.containers.iter().flat_map(|(id, container)| {
-            let copied = container.spec.mounts.iter().filter(|mount| matches!(mount.source, MountSource::Host(_)));
+            let shared = |destination: &String| container.shares.contains_key(destination);
+            let host = container.spec.mounts.iter().filter(|mount| matches!(mount.source, MountSource::Host(_)));
+            let copied = host.filter(move |mount| !shared(&mount.destination));
             copied.map(|mount| ((id.clone(), mount.destination.clone()), Sent::Unknown))
         });
         let sent: BTreeMap<_, _> = places.collect();

@@ -1,4 +1,5 @@
 //! Files of the host that a container is given as copies: a snapshot in guest memory, which [`super::copies`] keeps up.
+//! Which those are is [`super::share`]'s decision.
 //!
 //! Only small trees of regular files, directories and symbolic links; a link is copied, never followed, except for the
 //! mount's own source. Nothing a container writes there reaches the host.
@@ -34,19 +35,18 @@ pub(super) fn text(content: impl Into<Vec<u8>>) -> FileTree {
     FileTree { entries: vec![entry] }
 }
 
-/// Copies a mount's source. A directory that the container could write to is refused: a copy would lose its writes.
-pub(super) fn snapshot(source: &Path, read_only: bool) -> Result<FileTree> {
-    let found = fs::metadata(source).map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => Error::NotFound(format!("the mount's source {} does not exist", source.display())),
-        _ => Error::io(format_args!("the mount's source {}", source.display()), &error),
-    })?;
-    if found.is_dir() && !read_only {
-        return Err(Error::InvalidArgument(format!(
-            "{} is a directory of the host that the container could write to, which this release cannot share with a \
-             guest: mount it read-only, or use the container's own file system",
-            source.display()
-        )));
+/// Whether a mount's source is small and simple enough to be copied.
+pub(super) fn is_small(source: &Path) -> Result<bool> {
+    match snapshot(source) {
+        Ok(_) => Ok(true),
+        Err(Error::InvalidArgument(_)) => Ok(false),
+        Err(error) => Err(error),
     }
+}
+
+/// Copies a mount's source.
+pub(super) fn snapshot(source: &Path) -> Result<FileTree> {
+    look(source)?;
     Ok(tree(source)?.0)
 }
 
@@ -74,6 +74,14 @@ fn take(source: &Path) -> Result<(FileTree, Vec<PathBuf>)> {
 /// When names in a directory last changed.
 fn changed_at(directory: &Path) -> Option<(i64, i64)> {
     fs::metadata(directory).ok().map(|found| (found.mtime(), found.mtime_nsec()))
+}
+
+/// What a mount's source is, links followed.
+pub(super) fn look(source: &Path) -> Result<Metadata> {
+    fs::metadata(source).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => Error::NotFound(format!("the mount's source {} does not exist", source.display())),
+        _ => Error::io(format_args!("the mount's source {}", source.display()), &error),
+    })
 }
 
 struct Tree<'a> {
@@ -137,7 +145,7 @@ impl Tree<'_> {
 
     fn too_large(&self) -> Error {
         Error::InvalidArgument(format!(
-            "{} is more than the 1 MiB and {TREE_ENTRIES} files that this release copies into a guest: put it into the image",
+            "{} is more than the 1 MiB and {TREE_ENTRIES} files that are copied into a guest",
             self.source.display()
         ))
     }
@@ -156,33 +164,32 @@ mod tests {
         fs::write(dir.path().join("..1/key"), "value").expect("writes");
         symlink("..1", dir.path().join("..data")).expect("links");
         symlink("..data/key", dir.path().join("key")).expect("links");
-        let tree = snapshot(dir.path(), true).expect("copies");
+        let tree = snapshot(dir.path()).expect("copies");
         let content =
             |path: &str| tree.entries.iter().find(|entry| entry.path == path).map(|entry| entry.content.clone());
         assert_eq!(content("..1/key").expect("a file"), b"value");
         assert_eq!(content("..data").expect("a link"), b"..1");
         assert_eq!(content("key").expect("a link"), b"..data/key");
         assert_eq!(tree.entries.first().map(|entry| entry.path.as_str()), Some(""));
-        assert!(matches!(snapshot(dir.path(), false), Err(Error::InvalidArgument(_))));
     }
 
     #[test]
-    fn a_single_file_may_be_writable_and_a_missing_one_is_told() {
+    fn a_single_file_is_copied_and_a_missing_one_is_told() {
         let dir = tempfile::tempdir().expect("a directory");
         let file = dir.path().join("termination-log");
         fs::write(&file, "").expect("writes");
-        assert_eq!(snapshot(&file, false).expect("copies").entries.len(), 1);
-        assert!(matches!(snapshot(&dir.path().join("none"), true), Err(Error::NotFound(_))));
+        assert_eq!(snapshot(&file).expect("copies").entries.len(), 1);
+        assert!(matches!(snapshot(&dir.path().join("none")), Err(Error::NotFound(_))));
     }
 
     #[test]
     fn what_is_too_much_or_no_file_is_refused() {
         let dir = tempfile::tempdir().expect("a directory");
         fs::write(dir.path().join("a"), vec![0; 1 << 20]).expect("writes");
-        assert!(snapshot(dir.path(), true).is_ok());
+        assert!(is_small(dir.path()).expect("looks"));
         fs::write(dir.path().join("b"), "x").expect("writes");
-        assert!(matches!(snapshot(dir.path(), true), Err(Error::InvalidArgument(_))));
+        assert!(!is_small(dir.path()).expect("looks"));
         let zero = Path::new("/dev/zero");
-        assert!(matches!(snapshot(zero, true), Err(Error::InvalidArgument(_))));
+        assert!(matches!(snapshot(zero), Err(Error::InvalidArgument(_))));
     }
 }

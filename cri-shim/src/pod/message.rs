@@ -101,7 +101,7 @@ pub(super) fn create_container(record: &Record, id: &str, container: &ContainerR
         id: id.into(),
         rootfs: Some(v1::Rootfs { layers: vec![image_range(record, image)?], read_only: spec.read_only_rootfs }),
         process: Some(process(&spec.process)),
-        mounts: mounts(record, spec)?,
+        mounts: mounts(record, container)?,
         resources: Some(resources(&spec.resources)),
         stdio: Some(v1::Stdio {
             log_port: container.log.as_ref().map_or(0, |log| log.port),
@@ -188,7 +188,8 @@ pub(crate) fn exec_process(spec: &ContainerSpec, args: Vec<String>, terminal: bo
 }
 
 /// The container's mounts, those asked for and the files every container has, outer ones first.
-fn mounts(record: &Record, spec: &ContainerSpec) -> Result<Vec<v1::Mount>> {
+fn mounts(record: &Record, container: &ContainerRecord) -> Result<Vec<v1::Mount>> {
+    let spec = &container.spec;
     let mut mounts = standard_files(record)
         .into_iter()
         .filter(|(path, _)| !spec.mounts.iter().any(|mount| mount.destination.trim_end_matches('/') == *path))
@@ -202,16 +203,28 @@ fn mounts(record: &Record, spec: &ContainerSpec) -> Result<Vec<v1::Mount>> {
     for mount in &spec.mounts {
         let destination = mount.destination.clone();
         let source = match &mount.source {
-            MountSource::Host(path) => files::snapshot(path, mount.read_only)
-                .map(v1::mount::Source::Files)
-                .map_err(|error| error.context(format_args!("mount {destination}")))?,
+            MountSource::Host(path) => match container.shares.get(&destination) {
+                Some(share) => shared(record, *share)?,
+                None => files::snapshot(path)
+                    .map(v1::mount::Source::Files)
+                    .map_err(|error| error.context(format_args!("mount {destination}")))?,
+            },
             MountSource::Tmpfs { size, mode } => v1::mount::Source::Tmpfs(v1::Tmpfs { size_bytes: *size, mode: *mode }),
             MountSource::Image(image) => v1::mount::Source::Image(image_range(record, image)?),
         };
-        mounts.push(v1::Mount { destination, source: Some(source), read_only: mount.read_only, mapped: mount.mapped });
+        // A shared directory refuses writes on the host, where what is mounted below it may do otherwise.
+        let read_only = mount.read_only && !container.shares.contains_key(&destination);
+        mounts.push(v1::Mount { destination, source: Some(source), read_only, mapped: mount.mapped });
     }
     mounts.sort_by_key(|mount| mount.destination.split('/').filter(|name| !name.is_empty()).count());
     Ok(mounts)
+}
+
+/// A volume of the pod's file server.
+fn shared(record: &Record, share: u32) -> Result<v1::mount::Source> {
+    let missing = || Error::Internal("the pod has no file server".into());
+    let tag = record.file_server.as_ref().ok_or_else(missing)?.tag.clone();
+    Ok(v1::mount::Source::Shared(v1::Shared { tag, path: share.to_string() }))
 }
 
 /// Files that every container of a pod is given unless it mounts its own.
@@ -251,28 +264,31 @@ fn resolv_text(dns: &Dns) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
     use std::sync::Arc;
 
     use super::*;
     use crate::record::tests::record;
     use crate::spec::MountSpec;
 
-    fn spec(mounts: &[(&str, MountSource)]) -> ContainerSpec {
+    fn container(mounts: &[(&str, MountSource)]) -> ContainerRecord {
         let mounts = mounts.iter().map(|(destination, source)| MountSpec {
             destination: (*destination).into(),
             source: source.clone(),
             read_only: true,
             recursive_read_only: false,
             mapped: false,
+            host_to_container: false,
         });
-        ContainerSpec { mounts: mounts.collect(), ..ContainerSpec::default() }
+        let spec = Arc::new(ContainerSpec { mounts: mounts.collect(), ..ContainerSpec::default() });
+        ContainerRecord { spec, shares: BTreeMap::new(), ..record().containers["c"].clone() }
     }
 
     #[test]
     fn outer_mounts_come_first_and_a_container_may_bring_its_own_files() {
         let tmpfs = MountSource::Tmpfs { size: 0, mode: 0o755 };
-        let spec = spec(&[("/a/b/c", tmpfs.clone()), ("/a", tmpfs.clone()), ("/etc/hosts/", tmpfs)]);
-        let mounts = mounts(&record(), &spec).expect("translates");
+        let container = container(&[("/a/b/c", tmpfs.clone()), ("/a", tmpfs.clone()), ("/etc/hosts/", tmpfs)]);
+        let mounts = mounts(&record(), &container).expect("translates");
         let order = mounts.iter().map(|mount| mount.destination.as_str()).collect::<Vec<_>>();
         assert_eq!(order, ["/a", "/etc/hostname", "/etc/resolv.conf", "/etc/hosts/", "/a/b/c"]);
     }
@@ -306,6 +322,6 @@ mod tests {
     #[test]
     fn an_image_that_is_not_mapped_is_an_error() {
         let source = MountSource::Image("sha256:1".into());
-        assert!(mounts(&record(), &spec(&[("/a", source)])).is_err());
+        assert!(mounts(&record(), &container(&[("/a", source)])).is_err());
     }
 }

@@ -13,6 +13,7 @@ mod files;
 mod message;
 mod owner;
 mod resize;
+mod share;
 mod size;
 mod start;
 mod stats;

@@ -241,6 +241,8 @@ impl Owner {
         self.copies.end();
         end_all(&mut self.record, reason, &message);
         self.record.vmm = None;
+        // It ends with the VMM, whose end of its socket is closed.
+        self.record.file_server = None;
         self.record.phase = Phase::Ended { message };
     }
 
@@ -325,6 +327,7 @@ pub(super) fn end_all(record: &mut Record, reason: &str, message: &str) {
 pub(super) fn vm_lost(record: &mut Record, message: String) {
     end_all(record, VM_EXITED, &message);
     record.vmm = None;
+    record.file_server = None;
     record.phase = Phase::Ended { message };
 }
 

@@ -86,6 +86,8 @@ fn plan(context: &Context, id: String, spec: PodSpec) -> Result<Record> {
         memory_mib: size.memory_mib,
         vcpus: size.vcpus,
         vmm: None,
+        file_server: None,
+        next_share: 0,
         netns: None,
         attachment: None,
         guest_kernel: String::new(),

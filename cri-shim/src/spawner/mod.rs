@@ -1,10 +1,11 @@
-//! The small process that alone starts VMMs, and the daemon's end of the socket to it.
+//! The small process that alone starts VMMs and file servers and enters their namespaces, and the daemon's end of the socket to it.
 //!
 //! The daemon forks it before it has a second thread, because fork and threads do not mix; so it must be the first
 //! thing in `main`. It owns no state that matters: if the daemon dies it ends, and the VMMs live on.
 
 mod message;
 mod process;
+mod volumes;
 
 use std::collections::HashMap;
 use std::fs;
@@ -19,9 +20,9 @@ use vmm_control::wire;
 
 use crate::error::{Error, IoContext, Result};
 use crate::watched::watch;
-use message::{LIMITS, Report, Request};
+use message::{LIMITS, Report, Request, Task};
 
-pub use message::Ended;
+pub use message::{Ended, Kind};
 
 /// Requests that may wait for the spawner.
 const QUEUE: usize = 64;
@@ -73,6 +74,8 @@ fn start(theirs: OwnedFd) -> Result<Option<OwnedFd>> {
 /// A program to start.
 #[derive(Debug)]
 pub struct Program {
+    /// What it is.
+    pub kind: Kind,
     /// The opened binary.
     pub binary: OwnedFd,
     /// The opened cgroup it starts in.
@@ -93,8 +96,15 @@ pub struct Child {
 }
 
 struct Job {
-    program: Program,
-    answer: oneshot::Sender<Result<Child>>,
+    task: Task,
+    fds: Vec<OwnedFd>,
+    answer: oneshot::Sender<Result<Outcome>>,
+}
+
+/// What comes of a job that was done.
+enum Outcome {
+    Child(Child),
+    Done,
 }
 
 /// The daemon's end. Cheap to clone.
@@ -112,9 +122,29 @@ impl Client {
 
     /// Starts a program.
     pub async fn spawn(&self, program: Program) -> Result<Child> {
+        let Program { kind, binary, cgroup, fds } = program;
+        let targets = fds.iter().map(|(number, _)| *number).collect();
+        let fds = [binary, cgroup].into_iter().chain(fds.into_iter().map(|(_, fd)| fd)).collect();
+        match self.ask(Task::Start { kind, targets }, fds).await? {
+            Outcome::Child(child) => Ok(child),
+            Outcome::Done => Err(Error::Internal("the spawner started nothing".into())),
+        }
+    }
+
+    /// Mounts what `mount` holds as volume `share` of the file server that `server` is a pidfd of.
+    pub async fn attach(&self, server: OwnedFd, share: u32, mount: OwnedFd, directory: bool) -> Result<()> {
+        self.ask(Task::Attach { share, directory }, vec![server, mount]).await.map(drop)
+    }
+
+    /// Takes volume `share` from a file server; one that is not there is no error.
+    pub async fn detach(&self, server: OwnedFd, share: u32) -> Result<()> {
+        self.ask(Task::Detach { share }, vec![server]).await.map(drop)
+    }
+
+    async fn ask(&self, task: Task, fds: Vec<OwnedFd>) -> Result<Outcome> {
         let gone = || Error::Unavailable("the spawner has ended: restart pericarpd".into());
         let (answer, result) = oneshot::channel();
-        self.jobs.send(Job { program, answer }).await.map_err(|_| gone())?;
+        self.jobs.send(Job { task, fds, answer }).await.map_err(|_| gone())?;
         result.await.map_err(|_| gone())?
     }
 }
@@ -123,7 +153,7 @@ impl Client {
 struct Conversation {
     socket: AsyncFd<OwnedFd>,
     next_id: u64,
-    waiting: HashMap<u64, oneshot::Sender<Result<Child>>>,
+    waiting: HashMap<u64, oneshot::Sender<Result<Outcome>>>,
     running: HashMap<u32, oneshot::Sender<Ended>>,
 }
 
@@ -145,13 +175,12 @@ impl Conversation {
     }
 
     async fn request(&mut self, job: Job) {
-        let Job { program, answer } = job;
+        let Job { task, fds, answer } = job;
         let id = self.next_id;
         self.next_id = self.next_id.wrapping_add(1);
-        let request = Request { id, targets: program.fds.iter().map(|(number, _)| *number).collect() };
-        let mut fds = vec![program.binary.as_raw_fd(), program.cgroup.as_raw_fd()];
-        fds.extend(program.fds.iter().map(|(_, fd)| fd.as_raw_fd()));
-        let send = |socket: &OwnedFd| wire::send(socket.as_fd(), LIMITS, &request, &fds);
+        let request = Request { id, task };
+        let numbers: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let send = |socket: &OwnedFd| wire::send(socket.as_fd(), LIMITS, &request, &numbers);
         match self.socket.async_io(Interest::WRITABLE, send).await {
             Ok(()) => drop(self.waiting.insert(id, answer)),
             Err(error) => drop(answer.send(Err(Error::io("asking the spawner", &error)))),
@@ -165,11 +194,14 @@ impl Conversation {
                 let (sender, ended) = oneshot::channel();
                 self.running.insert(pid, sender);
                 // A caller that has gone away finds the process by its cgroup.
-                let _ = answer.send(Ok(Child { pid, pidfd, ended }));
+                let _ = answer.send(Ok(Outcome::Child(Child { pid, pidfd, ended })));
+            }
+            Report::Done { id } => {
+                let _ = self.waiting.remove(&id).map(|answer| answer.send(Ok(Outcome::Done)));
             }
             Report::Failed { id, reason } => {
                 let Some(answer) = self.waiting.remove(&id) else { return };
-                let _ = answer.send(Err(Error::Internal(format!("starting the VMM: {reason}"))));
+                let _ = answer.send(Err(Error::Internal(format!("the spawner: {reason}"))));
             }
             Report::Ended { pid, ended } => {
                 // Nobody may be waiting any more.

@@ -2,7 +2,7 @@
 //!
 //! At its start it moves into namespaces of its own (mount, network, IPC, UTS) with an empty read-only root. Its
 //! children inherit them, so that a VMM reaches neither a file nor an interface of the host, and starting one costs
-//! no new network namespace. Each child gets a PID namespace besides.
+//! no new network namespace. Each child gets a PID namespace besides, and a file server a mount namespace.
 #![expect(unsafe_code, reason = "clone3, execveat and what a child does between them")]
 
 use std::io;
@@ -18,7 +18,8 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::{chdir, pipe2, pivot_root, setsid};
 use vmm_control::wire;
 
-use super::message::{Ended, LIMITS, Report, Request};
+use super::message::{Ended, Kind, LIMITS, Report, Request, Task};
+use super::volumes;
 
 /// Any directory that every host has; in our own mount namespace the empty root is mounted over it.
 const ROOT_AT: &str = "/proc";
@@ -29,10 +30,7 @@ const ABOVE_TARGETS: RawFd = 256;
 /// clone(2); the libc crate's constant is cut to 32 bits.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
-/// argv[0] of a VMM.
-const NAME: &std::ffi::CStr = c"pericarp-vmm";
-
-/// A VMM that runs.
+/// A child that runs.
 struct Running {
     pid: u32,
     pidfd: OwnedFd,
@@ -60,6 +58,7 @@ fn isolate() -> nix::Result<()> {
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(Some("none"), ROOT_AT, Some("tmpfs"), flags, Some("size=4k,mode=0555"))?;
     chdir(ROOT_AT)?;
+    volumes::make_place(".")?;
     pivot_root(".", ".")?;
     umount2(".", MntFlags::MNT_DETACH)?;
     chdir("/")?;
@@ -77,15 +76,25 @@ fn serve(socket: &OwnedFd) -> io::Result<()> {
         }
         if asked {
             let Some((request, fds)) = wire::recv::<Request>(socket.as_fd(), LIMITS)? else { return Ok(()) };
-            match spawn(&request, fds) {
-                Ok(child) => {
-                    let report = Report::Started { id: request.id, pid: child.pid };
-                    tell(socket, &report, &[child.pidfd.as_raw_fd()])?;
+            let id = request.id;
+            match carry_out(request.task, fds) {
+                Ok(Some(child)) => {
+                    tell(socket, &Report::Started { id, pid: child.pid }, &[child.pidfd.as_raw_fd()])?;
                     running.push(child);
                 }
-                Err(reason) => tell(socket, &Report::Failed { id: request.id, reason }, &[])?,
+                Ok(None) => tell(socket, &Report::Done { id }, &[])?,
+                Err(reason) => tell(socket, &Report::Failed { id, reason }, &[])?,
             }
         }
+    }
+}
+
+/// Does what is asked for; a process if that is what comes of it.
+fn carry_out(task: Task, fds: Vec<OwnedFd>) -> Result<Option<Running>, String> {
+    match task {
+        Task::Start { kind, targets } => spawn(kind, &targets, fds).map(Some),
+        Task::Attach { share, directory } => volumes::attach(fds, share, directory).map(|()| None),
+        Task::Detach { share } => volumes::detach(fds, share).map(|()| None),
     }
 }
 
@@ -122,21 +131,20 @@ fn reap(child: &Running) -> io::Result<Ended> {
 }
 
 /// Starts a process in its cgroup; returns once its program is loaded.
-fn spawn(request: &Request, fds: Vec<OwnedFd>) -> Result<Running, String> {
+fn spawn(kind: Kind, targets: &[RawFd], fds: Vec<OwnedFd>) -> Result<Running, String> {
     let mut fds = fds.into_iter();
     let (Some(binary), Some(cgroup)) = (fds.next(), fds.next()) else { return Err("no binary or cgroup given".into()) };
     let binary = move_up(binary)?;
     let given = fds.map(move_up).collect::<Result<Vec<_>, String>>()?;
-    if given.len() != request.targets.len() || request.targets.iter().any(|target| !(0..ABOVE_TARGETS).contains(target))
-    {
+    if given.len() != targets.len() || targets.iter().any(|target| !(0..ABOVE_TARGETS).contains(target)) {
         return Err("descriptors and their numbers do not match".into());
     }
     let (failed, fails) = pipe2(OFlag::O_CLOEXEC).map_err(|error| format!("pipe: {error}"))?;
     // Only one writing end may stay open, or its closing would not be seen.
     let fails = move_up(fails)?;
-    match clone_into(cgroup.as_fd()).map_err(|error| format!("clone3 into the pod's cgroup: {error}"))? {
+    match clone_into(cgroup.as_fd(), kind).map_err(|error| format!("clone3 into the pod's cgroup: {error}"))? {
         None => {
-            let error = become_program(&binary, &given, &request.targets);
+            let error = become_program(kind, &binary, &given, targets);
             // The only reader is the spawner; there is nobody else to tell.
             let _ = nix::unistd::write(&fails, &(error as i32).to_le_bytes());
             // SAFETY: ends this process without running what the parent registered for its own exit.
@@ -165,17 +173,20 @@ fn started(child: Running, failed: &OwnedFd) -> Result<Running, String> {
         result => {
             let reason = result.map(|_| Errno::from_raw(i32::from_le_bytes(word))).unwrap_or_else(|error| error);
             let _ = reap(&child);
-            Err(format!("{reason} (is pericarp-vmm there, and statically linked?)"))
+            Err(format!("{reason} (is the program there, and statically linked?)"))
         }
     }
 }
 
 /// fork(2), but straight into a cgroup and a PID namespace, with a pidfd. `None` in the child.
-fn clone_into(cgroup: BorrowedFd<'_>) -> nix::Result<Option<Running>> {
+fn clone_into(cgroup: BorrowedFd<'_>, kind: Kind) -> nix::Result<Option<Running>> {
     let mut pidfd: RawFd = -1;
     // SAFETY: all zeroes is a valid clone_args (clone(2)).
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
     args.flags = libc::CLONE_PIDFD as u64 | libc::CLONE_NEWPID as u64 | CLONE_INTO_CGROUP;
+    if kind == Kind::FileServer {
+        args.flags |= libc::CLONE_NEWNS as u64;
+    }
     args.pidfd = &raw mut pidfd as u64;
     args.exit_signal = libc::SIGCHLD as u64;
     args.cgroup = cgroup.as_raw_fd() as u64;
@@ -191,9 +202,14 @@ fn clone_into(cgroup: BorrowedFd<'_>) -> nix::Result<Option<Running>> {
 }
 
 /// In the child: puts the descriptors where they belong and becomes the program. Returns only on failure.
-fn become_program(binary: &OwnedFd, given: &[OwnedFd], targets: &[RawFd]) -> Errno {
+fn become_program(kind: Kind, binary: &OwnedFd, given: &[OwnedFd], targets: &[RawFd]) -> Errno {
     // A session of its own, so that a signal of the daemon's terminal does not reach it.
     if let Err(error) = setsid() {
+        return error;
+    }
+    if kind == Kind::FileServer
+        && let Err(error) = volumes::prepare()
+    {
         return error;
     }
     for (fd, target) in given.iter().zip(targets) {
@@ -209,11 +225,15 @@ fn become_program(binary: &OwnedFd, given: &[OwnedFd], targets: &[RawFd]) -> Err
     if marked < 0 {
         return Errno::last();
     }
-    exec(binary)
+    exec(kind, binary)
 }
 
-fn exec(binary: &OwnedFd) -> Errno {
-    let argv = [NAME.as_ptr(), std::ptr::null()];
+fn exec(kind: Kind, binary: &OwnedFd) -> Errno {
+    let name = match kind {
+        Kind::Vmm => c"pericarp-vmm",
+        Kind::FileServer => c"pericarp-fs",
+    };
+    let argv = [name.as_ptr(), std::ptr::null()];
     let envp: [*const libc::c_char; 1] = [std::ptr::null()];
     // SAFETY: argv and envp end with a null and their strings with NUL; the path is empty, so binary is run.
     unsafe {

@@ -80,6 +80,9 @@ impl Holdings {
                     self.0.push(Held::Files(asked.destination.clone(), place.clone()));
                     Source::Path(place)
                 }
+                Some(mount::Source::Shared(shared)) => {
+                    Source::Path(mounts::below(&mounts::shared(&shared.tag)?.to_string_lossy(), &shared.path))
+                }
                 None => {
                     let text = format!("the mount at {} has no source", asked.destination);
                     return Err(Fault::new(v1::error::Kind::Invalid, text));

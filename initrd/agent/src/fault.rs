@@ -7,6 +7,7 @@ use crate::cgroup::CgroupError;
 use crate::configure::ConfigureError;
 use crate::disk::DiskError;
 use crate::files::FilesError;
+use crate::mounts::MountError;
 use crate::plan::PlanError;
 use crate::process::ProcessError;
 use crate::userns::UserSpaceError;
@@ -65,6 +66,7 @@ told_as! {
     ConfigureError => Kind::Invalid,
     DiskError => Kind::Internal,
     FilesError => Kind::Invalid,
+    MountError => Kind::Internal,
     PlanError => Kind::Invalid,
     ProcessError => Kind::Internal,
     UserSpaceError => Kind::Invalid,

@@ -28,6 +28,9 @@ pub(crate) const IMAGES: &str = "/run/images";
 /// Small files that the host sent, one directory for each container.
 pub(crate) const FILES: &str = "/run/files";
 
+/// Directories of the host, one for each virtio-fs device.
+pub(crate) const SHARED: &str = "/run/shared";
+
 /// Writable roots of pods without a disk.
 pub(crate) const MEMORY_ROOTS: &str = "/run/roots";
 
@@ -83,7 +86,28 @@ pub(crate) fn prepare_system(in_guest: bool) -> Result<(), MountError> {
 pub(crate) fn prepare() -> Result<(), MountError> {
     mount_kind("cgroup2", crate::cgroup::ROOT, PLAIN | MsFlags::MS_NODEV, "")?;
     mount_kind("tmpfs", RUN, MsFlags::MS_NOSUID | MsFlags::MS_NODEV, "mode=0700")?;
-    [STAGE, SHM, SCRATCH, IMAGES, FILES, MEMORY_ROOTS, EMPTY].into_iter().try_for_each(directory)
+    [STAGE, SHM, SCRATCH, IMAGES, FILES, SHARED, MEMORY_ROOTS, EMPTY].into_iter().try_for_each(directory)
+}
+
+/// Asks the kernel to look for devices that have been plugged in.
+const RESCAN: &str = "/sys/bus/pci/rescan";
+
+/// Where a device's directories are, mounted the first time. Devices in them are nobody's business in the guest.
+pub(crate) fn shared(tag: &str) -> Result<PathBuf, MountError> {
+    let place = below(SHARED, tag);
+    let failed =
+        |source: io::Error| MountError { kind: format!("virtiofs {tag}"), target: place.display().to_string(), source };
+    // By its name in our own memory: what is mounted there might not answer.
+    if fs::read_dir(SHARED).map_err(failed)?.flatten().any(|entry| entry.path() == place) {
+        return Ok(place);
+    }
+    fs::write(RESCAN, "1").map_err(failed)?;
+    fs::create_dir(&place).map_err(failed)?;
+    if let Err(error) = mount(Some(tag), &place, Some("virtiofs"), MsFlags::MS_NODEV, None::<&str>) {
+        drop(fs::remove_dir(&place));
+        return Err(failed(error.into()));
+    }
+    Ok(place)
 }
 
 /// The memory that all containers of the pod share by name.

@@ -166,6 +166,12 @@ pub enum Command {
     },
     /// Plugs a network interface; one descriptor. The guest sees it after a PCI rescan.
     AddNet(Net),
+    /// Plugs a shared directory; one descriptor: a `SOCK_SEQPACKET` socket, each of whose packets is one FUSE message,
+    /// to the process that serves it. The guest sees it after a PCI rescan.
+    AddFs {
+        /// What the guest mounts it by; 1 to 36 bytes.
+        tag: String,
+    },
     /// Appends what the guest sends to host port `port` to a file; one descriptor. Given again for the same port,
     /// the new file replaces the old one at the next line end, which is how logs rotate.
     SetSink {

@@ -137,20 +137,21 @@ impl Pci {
         Some(slot)
     }
 
-    /// Renews what the guest reads of a device.
+    /// Renews what the guest reads of a device. A guest leaves the registers of a device that it boots with where they
+    /// are, but gives one that is plugged in later a place of its own choice, which may be any page of the window.
     fn show_device(&self, slot: usize) {
-        if let Some(Some(device)) = self.devices.get(slot) {
-            self.show(page(slot, SLOT_BYTES), device.config());
-            let registers = ECAM_BYTES.saturating_add(page(slot, PAGE));
-            for (offset, bytes) in device.registers() {
-                self.show(registers.saturating_add(offset), bytes.as_ref());
-            }
+        let Some(Some(device)) = self.devices.get(slot) else { return };
+        self.show(page(slot, SLOT_BYTES), device.config());
+        let registers = device.registers_at().and_then(|at| at.checked_sub(ECAM)).filter(|at| *at >= ECAM_BYTES);
+        let Some(registers) = registers else { return };
+        for (offset, bytes) in device.registers() {
+            self.show(registers.saturating_add(offset), bytes.as_ref());
         }
     }
 
     fn show(&self, offset: u64, bytes: &[u8]) {
         let at = usize::try_from(offset).unwrap_or(usize::MAX);
-        // The window holds every slot, so there is nothing to refuse.
+        // What lies outside of the window the guest reads by an exit.
         let _ = self.window.get_slice(0, self.window.size()).map(|window| window.write_slice(bytes, at));
     }
 }

@@ -4,6 +4,7 @@ pub mod blk;
 pub mod buffers;
 pub mod counters;
 pub mod device;
+pub mod fs;
 pub mod inbox;
 pub mod net;
 pub mod poller;

@@ -148,6 +148,11 @@ impl VirtioPci {
         self.config.image()
     }
 
+    /// Where the register BAR lies, if the device answers to memory accesses at all.
+    pub fn registers_at(&self) -> Option<u64> {
+        self.config.bar(REGISTER_BAR.into())
+    }
+
     /// The register BAR as the guest reads it: offsets and bytes.
     pub fn registers(&self) -> [(u64, Cow<'_, [u8]>); 3] {
         [

@@ -109,6 +109,7 @@ fn mount(mount: Mount, pod: &PodSpec, find_image: impl Fn(&str) -> Option<Image>
     if mapped && !user_mappings(&mount.uid_mappings, &mount.gid_mappings).is_ok_and(the_pods) {
         return refuse("its owners are mapped otherwise than by the pod's user namespace");
     }
+    let host_to_container = mount.propagation() == MountPropagation::PropagationHostToContainer;
     let source = match mount.image {
         Some(image) if !mount.image_sub_path.is_empty() => {
             return refuse(&format!("only all of image {:?} can be mounted: leave out subPath", image.image));
@@ -120,8 +121,14 @@ fn mount(mount: Mount, pod: &PodSpec, find_image: impl Fn(&str) -> Option<Image>
         None if mount.host_path.is_empty() => return refuse("it has neither host_path nor image"),
         None => MountSource::Host(PathBuf::from(&mount.host_path)),
     };
-    let (destination, read_only) = (mount.container_path, mount.readonly);
-    Ok(MountSpec { destination, source, read_only, recursive_read_only: mount.recursive_read_only, mapped })
+    Ok(MountSpec {
+        host_to_container,
+        destination: mount.container_path,
+        source,
+        read_only: mount.readonly,
+        recursive_read_only: mount.recursive_read_only,
+        mapped,
+    })
 }
 
 fn device(device: Device) -> DeviceSpec {

@@ -1,0 +1,266 @@
+//! Directories and files of the host that containers share with it, by virtio-fs.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use pericarp_tests::{Node, image, wait_until};
+use serde_json::{Value, json};
+
+/// A directory of the host that only root may enter, as a kubelet's volumes are.
+struct Volume(PathBuf);
+
+impl Volume {
+    fn new(node: &Node, name: &str) -> Self {
+        let path = node.directory().join("volumes").join(name);
+        fs::create_dir_all(&path).expect("/run is writable");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).expect("it is ours");
+        Self(path)
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    fn read(&self, name: &str) -> String {
+        fs::read_to_string(self.file(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+    }
+
+    fn text(&self) -> &str {
+        self.0.to_str().expect("a plain path")
+    }
+}
+
+impl Drop for Volume {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn mount_host(arguments: &[&str]) {
+    let done = Command::new(arguments[0]).args(&arguments[1..]).status().expect("it is installed");
+    assert!(done.success(), "{arguments:?}");
+}
+
+/// A pod with one container that sleeps.
+struct Shared<'n> {
+    node: &'n Node,
+    pod: String,
+    container: String,
+}
+
+impl<'n> Shared<'n> {
+    #[track_caller]
+    fn start(node: &'n Node, name: &str, mounts: &Value) -> Self {
+        let pod = node.run_pod(name, &json!({}));
+        let container = Self::create(node, &pod, name, "c", mounts);
+        node.crictl(["start", &container]).ok();
+        Self { node, pod, container }
+    }
+
+    #[track_caller]
+    fn create(node: &Node, pod: &str, pod_name: &str, name: &str, mounts: &Value) -> String {
+        let pod_config = node.pod_config(pod_name, &json!({}));
+        let config = node.container_config(name, image::BUSYBOX, &["sleep", "1000"], &json!({"mounts": mounts}));
+        let path = |path: &Path| path.to_str().expect("a plain path").to_owned();
+        node.crictl(["create", "--no-pull", pod, &path(&config), &path(&pod_config)]).ok()
+    }
+
+    #[track_caller]
+    fn run(&self, script: &str) -> String {
+        self.node.crictl(["exec", "--sync", &self.container, "sh", "-c", script]).ok()
+    }
+
+    #[track_caller]
+    fn fails(&self, script: &str) -> String {
+        self.node.crictl(["exec", "--sync", &self.container, "sh", "-c", script]).refused()
+    }
+
+    /// Its `pericarp-fs`, of which the test's pods have one at a time.
+    fn server(&self) -> Option<Pid> {
+        fs::read_dir("/proc").expect("proc is mounted").flatten().find_map(|entry| {
+            let command = fs::read_to_string(entry.path().join("cmdline")).ok()?;
+            let pid = entry.file_name().to_str()?.parse().ok()?;
+            command.starts_with("pericarp-fs").then_some(Pid::from_raw(pid))
+        })
+    }
+}
+
+fn pulled() -> Node {
+    let node = Node::start();
+    node.crictl(["pull", image::BUSYBOX]).ok();
+    // A first pod makes the bridge and its chains, which stay.
+    let pod = node.run_pod("first", &json!({}));
+    node.remove_pod(&pod);
+    node
+}
+
+#[test]
+fn a_writable_directory_is_one_on_both_sides() {
+    let node = pulled();
+    let volume = Volume::new(&node, "rw");
+    fs::write(volume.file("from-host"), "hello\n").expect("writes");
+    let before = node.inventory();
+    let shared = Shared::start(&node, "rw", &json!([{"container_path": "/data", "host_path": volume.text()}]));
+    assert_eq!(shared.run("cat /data/from-host"), "hello");
+    shared.run("echo back > /data/from-guest && mkdir -p /data/a/b && mv /data/from-guest /data/a/b/moved");
+    assert_eq!(volume.read("a/b/moved"), "back\n");
+    // The host changes what the guest has read: it may keep nothing.
+    fs::write(volume.file("from-host"), "hello again\n").expect("writes");
+    assert_eq!(shared.run("cat /data/from-host"), "hello again");
+    fs::rename(volume.file("a/b"), volume.file("c")).expect("renames");
+    assert_eq!(shared.run("cat /data/c/moved"), "back");
+    shared.fails("ls /data/a/b");
+    shared.run("ln /data/c/moved /data/hard && ln -s c/moved /data/soft && echo more >> /data/soft");
+    assert_eq!(volume.read("hard"), "back\nmore\n");
+    assert_eq!(fs::metadata(volume.file("hard")).expect("there").nlink(), 2);
+    // Owners and modes are the guest's process' own.
+    shared.run("touch /data/owned && chown 1234:4321 /data/owned && chmod 640 /data/owned");
+    let owned = fs::metadata(volume.file("owned")).expect("there");
+    assert_eq!((owned.uid(), owned.gid(), owned.mode() & 0o7777), (1234, 4321, 0o640));
+    shared.run("dd if=/dev/urandom of=/data/large bs=1M count=8 2>/dev/null && sha256sum < /data/large > /data/sum");
+    let sum = Command::new("sh").arg("-c").arg("sha256sum < large").current_dir(&volume.0).output().expect("runs");
+    assert_eq!(volume.read("sum").as_bytes(), sum.stdout);
+    shared.run("rm -r /data/c /data/large");
+    assert!(!volume.file("c").exists());
+    assert!(shared.server().is_some());
+    node.crictl(["stop", "--timeout", "0", &shared.container]).ok();
+    node.crictl(["rm", &shared.container]).ok();
+    node.remove_pod(&shared.pod);
+    node.inventory().assert_same_as(&before);
+}
+
+#[test]
+fn files_read_only_ones_and_links_are_what_they_are_on_the_host() {
+    let node = pulled();
+    let volume = Volume::new(&node, "kinds");
+    let other = Volume::new(&node, "other");
+    fs::write(volume.file("log"), "").expect("writes");
+    fs::write(other.file("x"), "behind a link\n").expect("writes");
+    symlink(&other.0, volume.file("link")).expect("links");
+    // Too much to be copied into the guest.
+    let large = Volume::new(&node, "large");
+    fs::write(large.file("big"), vec![b'x'; 3 << 20]).expect("writes");
+    let path = |path: PathBuf| path.to_str().expect("a plain path").to_owned();
+    let mounts = json!([
+        {"container_path": "/dev/termination-log", "host_path": path(volume.file("log"))},
+        {"container_path": "/linked", "host_path": path(volume.file("link"))},
+        {"container_path": "/large", "host_path": large.text(), "readonly": true},
+    ]);
+    let shared = Shared::start(&node, "kinds", &mounts);
+    shared.run("echo the end > /dev/termination-log");
+    assert_eq!(volume.read("log"), "the end\n");
+    assert_eq!(shared.run("cat /linked/x"), "behind a link");
+    shared.run("echo new > /linked/y");
+    assert_eq!(other.read("y"), "new\n");
+    assert_eq!(shared.run("wc -c < /large/big"), (3 << 20).to_string());
+    for attack in ["touch /large/new", "echo > /large/big", "rm /large/big", "chmod 777 /large/big", "mkdir /large/d"] {
+        let refused = shared.fails(attack);
+        assert!(refused.contains("Read-only file system"), "{attack}: {refused}");
+    }
+    // What a link in a volume points to is looked for in the container, never on the host.
+    shared.run("ln -s /run/pericarp-test/pericarp.toml /linked/trap");
+    assert!(shared.fails("cat /linked/trap").contains("No such file"));
+    node.remove_pod(&shared.pod);
+}
+
+#[test]
+fn mounts_of_the_host_show_only_where_they_were_asked_for() {
+    let node = pulled();
+    let volume = Volume::new(&node, "mounts");
+    mount_host(&["mount", "--bind", volume.text(), volume.text()]);
+    mount_host(&["mount", "--make-shared", volume.text()]);
+    fs::create_dir(volume.file("early")).expect("makes");
+    fs::create_dir(volume.file("late")).expect("makes");
+    let (early, late) = (format!("{}/early", volume.text()), format!("{}/late", volume.text()));
+    mount_host(&["mount", "-t", "tmpfs", "early", &early]);
+    let mounts = json!([
+        {"container_path": "/private", "host_path": volume.text()},
+        {"container_path": "/follows", "host_path": volume.text(), "propagation": 1},
+        {"container_path": "/top", "host_path": volume.text(), "readonly": true},
+        {"container_path": "/all", "host_path": volume.text(), "readonly": true, "recursive_read_only": true},
+    ]);
+    let shared = Shared::start(&node, "mounts", &mounts);
+    shared.run("echo in > /top/early/file");
+    assert_eq!(fs::read_to_string(volume.file("early/file")).expect("reads"), "in\n");
+    assert!(shared.fails("echo > /top/file").contains("Read-only"));
+    assert!(shared.fails("echo > /all/early/file").contains("Read-only"));
+    mount_host(&["mount", "-t", "tmpfs", "late", &late]);
+    fs::write(volume.file("late/file"), "followed\n").expect("writes");
+    assert_eq!(shared.run("cat /follows/late/file"), "followed");
+    shared.fails("cat /private/late/file");
+    node.remove_pod(&shared.pod);
+    for point in [&late, &early, volume.text()] {
+        mount_host(&["umount", point]);
+    }
+}
+
+#[test]
+fn shared_directories_outlive_the_daemon_and_leave_with_their_container() {
+    let mut node = pulled();
+    let volume = Volume::new(&node, "kill");
+    let before = node.inventory();
+    let mounts = json!([{"container_path": "/data", "host_path": volume.text()}]);
+    let pod = {
+        let shared = Shared::start(&node, "kill", &mounts);
+        shared.run("echo one > /data/one");
+        shared.pod
+    };
+    node.kill_daemon();
+    node.start_daemon();
+    let container = Shared::create(&node, &pod, "kill", "second", &mounts);
+    node.crictl(["start", &container]).ok();
+    let shared = Shared { node: &node, pod, container };
+    assert_eq!(shared.run("cat /data/one"), "one");
+    let server = shared.server().expect("it runs");
+    let table = || fs::read_to_string(format!("/proc/{server}/mountinfo")).expect("it runs");
+    assert_eq!(table().matches("/shared/").count(), 2, "{}", table());
+    node.crictl(["stop", "--timeout", "0", &shared.container]).ok();
+    node.crictl(["rm", &shared.container]).ok();
+    assert_eq!(table().matches("/shared/").count(), 1, "{}", table());
+    node.remove_pod(&shared.pod);
+    node.inventory().assert_same_as(&before);
+}
+
+#[test]
+fn a_file_server_that_dies_is_an_error_and_no_hang() {
+    let node = pulled();
+    let volume = Volume::new(&node, "dies");
+    let before = node.inventory();
+    let mounts = json!([{"container_path": "/data", "host_path": volume.text()}]);
+    let shared = Shared::start(&node, "dies", &mounts);
+    shared.run("echo one > /data/one");
+    kill(shared.server().expect("it runs"), Signal::SIGKILL).expect("it runs");
+    wait_until("the file server to be gone", || shared.server().is_none());
+    let refused = shared.fails("cat /data/one");
+    assert!(refused.contains("Input/output error"), "{refused}");
+    assert_eq!(shared.run("echo the pod lives"), "the pod lives");
+    // The next container gets a new one.
+    let container = Shared::create(&node, &shared.pod, "dies", "next", &mounts);
+    node.crictl(["start", &container]).ok();
+    let next = Shared { node: &node, pod: shared.pod, container };
+    assert_eq!(next.run("cat /data/one"), "one");
+    node.remove_pod(&next.pod);
+    node.inventory().assert_same_as(&before);
+}
+
+#[test]
+fn what_cannot_be_shared_is_refused_with_the_reason() {
+    let node = pulled();
+    let pod = node.run_pod("refused", &json!({}));
+    let volume = Volume::new(&node, "refused");
+    let _socket = std::os::unix::net::UnixListener::bind(volume.file("socket")).expect("binds");
+    let socket = volume.file("socket");
+    for (host_path, word) in [(socket.to_str().expect("plain"), "socket"), ("/no/such/path", "does not exist")] {
+        let pod_config = node.pod_config("refused", &json!({}));
+        let mounts = json!({"mounts": [{"container_path": "/data", "host_path": host_path}]});
+        let config = node.container_config("c", image::BUSYBOX, &["sleep", "1000"], &mounts);
+        let path = |path: &Path| path.to_str().expect("a plain path").to_owned();
+        let refused = node.crictl(["create", "--no-pull", &pod, &path(&config), &path(&pod_config)]).refused();
+        assert!(refused.contains(word) && refused.contains("/data"), "{refused}");
+    }
+    node.remove_pod(&pod);
+}
