@@ -1,7 +1,7 @@
 //! Processes of a pod that outlive the daemon: told apart from later ones of the same number.
 
 use std::fs;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -32,6 +32,18 @@ pub(crate) fn find(id: ProcessRecord) -> nix::Result<Option<OwnedFd>> {
     Ok((!ended).then_some(pidfd))
 }
 
+/// Sends a signal; one that has ended is left alone.
+pub(crate) fn signal(pidfd: &OwnedFd, signal: libc::c_int) -> nix::Result<()> {
+    #[expect(unsafe_code, reason = "nix has no pidfd_send_signal")]
+    // SAFETY: the descriptor is open; a null siginfo means that of kill(2) (pidfd_send_signal(2)).
+    let result =
+        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, std::ptr::null::<u8>(), 0) };
+    match Errno::result(result) {
+        Ok(_) | Err(Errno::ESRCH) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
 #[expect(unsafe_code, reason = "nix has no pidfd_open")]
 fn pidfd_open(pid: u32) -> nix::Result<OwnedFd> {
     // SAFETY: takes two integers (pidfd_open(2)).
@@ -49,8 +61,6 @@ pub(crate) fn start_time(pid: u32) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsRawFd;
-
     use super::*;
 
     #[test]

@@ -10,7 +10,6 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::Duration;
 
-use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 use tokio::io::unix::AsyncFd;
@@ -97,13 +96,8 @@ impl Vmm {
 
     /// Kills it; one that has ended is left alone.
     pub(crate) fn kill(&self) {
-        #[expect(unsafe_code, reason = "nix has no pidfd_send_signal")]
-        // SAFETY: the descriptor is open; a null siginfo means that of kill(2) (pidfd_send_signal(2)).
-        let result = unsafe {
-            libc::syscall(libc::SYS_pidfd_send_signal, self.pidfd.as_raw_fd(), libc::SIGKILL, std::ptr::null::<u8>(), 0)
-        };
-        if result < 0 && Errno::last() != Errno::ESRCH {
-            tracing::warn!(pid = self.id.pid, error = %Errno::last(), "the VMM cannot be killed");
+        if let Err(error) = process::signal(self.pidfd.get_ref(), libc::SIGKILL) {
+            tracing::warn!(pid = self.id.pid, %error, "the VMM cannot be killed");
         }
     }
 

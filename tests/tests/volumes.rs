@@ -104,7 +104,14 @@ fn a_writable_directory_is_one_on_both_sides() {
     let volume = Volume::new(&node, "rw");
     fs::write(volume.file("from-host"), "hello\n").expect("writes");
     let before = node.inventory();
-    let shared = Shared::start(&node, "rw", &json!([{"container_path": "/data", "host_path": volume.text()}]));
+    // The image has no program that locks: the host's own is taken, by a loader and libraries of its own.
+    let mounts = json!([
+        {"container_path": "/data", "host_path": volume.text()},
+        {"container_path": "/host/flock", "host_path": "/usr/bin/flock", "readonly": true},
+        {"container_path": "/host/ld.so", "host_path": "/lib64/ld-linux-x86-64.so.2", "readonly": true},
+        {"container_path": "/host/lib", "host_path": "/lib/x86_64-linux-gnu", "readonly": true},
+    ]);
+    let shared = Shared::start(&node, "rw", &mounts);
     assert_eq!(shared.run("cat /data/from-host"), "hello");
     shared.run("echo back > /data/from-guest && mkdir -p /data/a/b && mv /data/from-guest /data/a/b/moved");
     assert_eq!(volume.read("a/b/moved"), "back\n");
@@ -124,6 +131,15 @@ fn a_writable_directory_is_one_on_both_sides() {
     shared.run("dd if=/dev/urandom of=/data/large bs=1M count=8 2>/dev/null && sha256sum < /data/large > /data/sum");
     let sum = Command::new("sh").arg("-c").arg("sha256sum < large").current_dir(&volume.0).output().expect("runs");
     assert_eq!(volume.read("sum").as_bytes(), sum.stdout);
+    // A lock in a container is one on the host.
+    fs::write(volume.file("locked"), "").expect("writes");
+    let lock = fs::File::open(volume.file("locked")).expect("opens");
+    lock.lock().expect("nobody has it");
+    let flock = "/host/ld.so --library-path /host/lib /host/flock";
+    let refused = shared.fails(&format!("{flock} --conflict-exit-code 77 -n /data/locked true"));
+    assert!(refused.contains("exited with 77"), "{refused}");
+    lock.unlock().expect("it is ours");
+    shared.run(&format!("{flock} /data/locked true"));
     shared.run("rm -r /data/c /data/large");
     assert!(!volume.file("c").exists());
     assert!(shared.server().is_some());
@@ -218,9 +234,12 @@ fn shared_directories_outlive_the_daemon_and_leave_with_their_container() {
     let server = shared.server().expect("it runs");
     let table = || fs::read_to_string(format!("/proc/{server}/mountinfo")).expect("it runs");
     assert_eq!(table().matches("/shared/").count(), 2, "{}", table());
+    let open = || fs::read_dir(format!("/proc/{server}/fd")).expect("it runs").count();
+    let with_both = open();
     node.crictl(["stop", "--timeout", "0", &shared.container]).ok();
     node.crictl(["rm", &shared.container]).ok();
     assert_eq!(table().matches("/shared/").count(), 1, "{}", table());
+    wait_until("the file server to let go of it", || open() < with_both);
     node.remove_pod(&shared.pod);
     node.inventory().assert_same_as(&before);
 }

@@ -101,6 +101,10 @@ impl Owner {
             let Some(server) = self.file_server()? else { return Ok(()) };
             self.context.spawner.detach(server, *share).await?;
         }
+        if let Some(server) = self.file_server()?.filter(|_| !container.shares.is_empty()) {
+            // It lets go of what the guest has not forgotten, so that the host can take the file system away.
+            process::signal(&server, libc::SIGUSR1).doing(|| "telling the pod's file server")?;
+        }
         Ok(())
     }
 

@@ -40,6 +40,9 @@ pub(crate) mod opcode {
     pub(crate) const READDIR: u32 = 28;
     pub(crate) const RELEASEDIR: u32 = 29;
     pub(crate) const FSYNCDIR: u32 = 30;
+    pub(crate) const GETLK: u32 = 31;
+    pub(crate) const SETLK: u32 = 32;
+    pub(crate) const SETLKW: u32 = 33;
     pub(crate) const CREATE: u32 = 35;
     pub(crate) const INTERRUPT: u32 = 36;
     pub(crate) const DESTROY: u32 = 38;
@@ -53,7 +56,9 @@ pub(crate) mod opcode {
 /// What INIT agrees on (`FUSE_*` flags).
 pub(crate) mod feature {
     pub(crate) const ASYNC_READ: u32 = 1 << 0;
+    pub(crate) const POSIX_LOCKS: u32 = 1 << 1;
     pub(crate) const BIG_WRITES: u32 = 1 << 5;
+    pub(crate) const FLOCK_LOCKS: u32 = 1 << 10;
     pub(crate) const AUTO_INVAL_DATA: u32 = 1 << 12;
     pub(crate) const ASYNC_DIO: u32 = 1 << 15;
     pub(crate) const PARALLEL_DIROPS: u32 = 1 << 18;
@@ -79,6 +84,9 @@ pub(crate) mod change {
 
 /// `FUSE_WRITE_KILL_SUIDGID`.
 pub(crate) const WRITE_KILL_SUIDGID: u32 = 1 << 2;
+
+/// `FUSE_LK_FLOCK`.
+pub(crate) const LK_FLOCK: u32 = 1 << 0;
 
 /// `FUSE_FSYNC_FDATASYNC`.
 pub(crate) const FSYNC_DATA: u32 = 1 << 0;
@@ -129,6 +137,9 @@ incoming! {
     /// Without FUSE_SETXATTR_EXT.
     SetxattrIn { size: u32, flags: u32, }
     GetxattrIn { size: u32, padding: u32, }
+    /// Of bytes `start` to `end`; `kind` is F_RDLCK, F_WRLCK or F_UNLCK. An answer too.
+    FileLock { start: u64, end: u64, kind: u32, pid: u32, }
+    LkIn { fh: u64, owner: u64, lk: FileLock, lk_flags: u32, padding: u32, }
     FallocateIn { fh: u64, offset: u64, length: u64, mode: u32, padding: u32, }
     LseekIn { fh: u64, offset: u64, whence: u32, padding: u32, }
     CopyFileRangeIn { fh_in: u64, off_in: u64, nodeid_out: u64, fh_out: u64, off_out: u64, len: u64, flags: u64, }

@@ -83,7 +83,7 @@ impl Server {
         let file = file.map_err(|error| if error == Errno::EXIST && !asked_new { Errno::STALE } else { error })?;
         let (node, status) = self.nodes.find(&parent, name)?;
         let opened = match Key::of(&status_of(&file)?) == Key::of(&status) {
-            true => self.handles.add(file),
+            true => self.handles.add(file, node.share),
             false => Err(Errno::STALE),
         };
         let fh = opened.inspect_err(|_| self.nodes.forget(node.id, 1))?;

@@ -33,7 +33,7 @@ impl Server {
         let asked: OpenIn = body.take()?;
         let node = self.nodes.get(call.node)?;
         let flags = if node.is_directory() { OFlags::RDONLY } else { open_flags(asked.flags) };
-        let fh = self.handles.add(node.open(flags)?)?;
+        let fh = self.handles.add(node.open(flags)?, node.share)?;
         reply.put(&OpenOut { fh, ..OpenOut::default() });
         Ok(())
     }
@@ -44,8 +44,9 @@ impl Server {
     }
 
     /// A process closes its descriptor: some file systems say only then what they could not write.
-    pub(crate) fn flush(&self, mut body: Body<'_>) -> Result<()> {
+    pub(crate) fn flush(&self, call: &Call, mut body: Body<'_>) -> Result<()> {
         let asked: FlushIn = body.take()?;
+        self.owners.release(call.node, asked.lock_owner);
         dup(&self.handles.get(asked.fh)?.file).map(drop)
     }
 

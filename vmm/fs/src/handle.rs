@@ -9,7 +9,7 @@
     clippy::panic
 )]
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
@@ -24,8 +24,16 @@ const MOST_HANDLES: usize = 250_000;
 #[derive(Debug)]
 pub(crate) struct Handle {
     pub(crate) file: OwnedFd,
+    /// As [`crate::inode::Node::share`].
+    share: u64,
     /// Held while a directory is read: its position belongs to the descriptor.
     pub(crate) reading: Mutex<()>,
+}
+
+impl Handle {
+    pub(crate) fn new(file: OwnedFd, share: u64) -> Self {
+        Self { file, share, reading: Mutex::new(()) }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -40,14 +48,14 @@ pub(crate) struct Handles(Mutex<Table>);
 
 impl Handles {
     /// A number for an open file, until [`Handles::close`].
-    pub(crate) fn add(&self, file: OwnedFd) -> Result<u64> {
+    pub(crate) fn add(&self, file: OwnedFd, share: u64) -> Result<u64> {
         let mut table = lock(&self.0);
         if table.by_number.len() >= MOST_HANDLES {
             return Err(Errno::NFILE);
         }
         let number = table.last.checked_add(1).ok_or(Errno::NFILE)?;
         table.last = number;
-        table.by_number.insert(number, Arc::new(Handle { file, reading: Mutex::new(()) }));
+        table.by_number.insert(number, Arc::new(Handle::new(file, share)));
         Ok(number)
     }
 
@@ -59,6 +67,12 @@ impl Handles {
         let gone = lock(&self.0).by_number.remove(&number);
         // Closing may wait for the host, which nobody else should have to.
         gone.map(drop).ok_or(Errno::BADF)
+    }
+
+    /// Closes what is open in volumes that are not mounted any more.
+    pub(crate) fn keep(&self, shares: &HashSet<u64>) {
+        let gone: Vec<_> = lock(&self.0).by_number.extract_if(|_, handle| !shares.contains(&handle.share)).collect();
+        drop(gone);
     }
 
     /// Closes everything.

@@ -12,18 +12,22 @@
     clippy::panic
 )]
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::{CStr, CString};
+use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Statx, StatxFlags, openat2, statx};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, ResolveFlags, Statx, StatxFlags, openat2, statx};
 use rustix::io::{Errno, Result};
 
 use crate::abi::ROOT;
 
 /// Most nodes at a time, each of which holds a descriptor.
 const MOST_NODES: usize = 500_000;
+
+/// How much of the root's listing is read at a time.
+const LISTING_BYTES: usize = 4096;
 
 /// Beneath the directory that a way starts from; other mounts are welcome, links are not.
 const BENEATH: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_MAGICLINKS).union(ResolveFlags::NO_SYMLINKS);
@@ -55,6 +59,8 @@ struct Place {
 pub(crate) struct Node {
     pub(crate) id: u64,
     pub(crate) path: OwnedFd,
+    /// The mount of the volume that it is in, or below which it is mounted.
+    pub(crate) share: u64,
     key: Key,
     kind: FileType,
     /// A directory is reached through its own descriptor and has none.
@@ -148,7 +154,7 @@ impl Nodes {
     pub(crate) fn new(root: OwnedFd) -> Result<Self> {
         let status = status_of(&root)?;
         let (key, kind) = (Key::of(&status), kind(&status));
-        let root = Arc::new(Node { id: ROOT, path: root, key, kind, place: Mutex::new(None) });
+        let root = Arc::new(Node { id: ROOT, path: root, share: key.mount, key, kind, place: Mutex::new(None) });
         let table = Table { by_id: HashMap::new(), by_key: HashMap::new(), last_id: ROOT };
         Ok(Self { root, table: Mutex::new(table) })
     }
@@ -205,7 +211,8 @@ impl Nodes {
         }
         let id = last_id.checked_add(1).ok_or(Errno::NFILE)?;
         *last_id = id;
-        let node = Arc::new(Node { id, path, key, kind, place: Mutex::new(place) });
+        let share = if parent.is_root() { key.mount } else { parent.share };
+        let node = Arc::new(Node { id, path, share, key, kind, place: Mutex::new(place) });
         by_id.insert(id, Known { node: Arc::clone(&node), lookups: 1 });
         by_key.insert(key, id);
         Ok(node)
@@ -228,16 +235,35 @@ impl Nodes {
         drop(gone);
     }
 
+    /// The volumes that are mounted now, and nothing else.
+    pub(crate) fn shares(&self) -> Result<HashSet<u64>> {
+        let directory = self.root.open(OFlags::RDONLY)?;
+        let mut shares = HashSet::from([self.root.share]);
+        let mut buffer = vec![MaybeUninit::uninit(); LISTING_BYTES];
+        let mut entries = RawDir::new(&directory, &mut buffer);
+        while let Some(entry) = entries.next() {
+            // One that is being unmounted at this moment is none.
+            let Ok(status) = status_at(&self.root, entry?.file_name()) else { continue };
+            shares.insert(status.stx_mnt_id);
+        }
+        Ok(shares)
+    }
+
+    /// Forgets the nodes of volumes that are not mounted any more, whatever the guest still knows: their descriptors
+    /// would keep a file system of the host in use.
+    pub(crate) fn keep(&self, shares: &HashSet<u64>) {
+        let mut table = lock(&self.table);
+        let gone: Vec<_> = table.by_id.extract_if(|_, known| !shares.contains(&known.node.share)).collect();
+        for (_, known) in &gone {
+            table.by_key.remove(&known.node.key);
+        }
+        drop(table);
+        drop(gone);
+    }
+
     /// A node that the guest has renamed is found by its new name from now on.
     pub(crate) fn moved(&self, parent: &Arc<Node>, name: &CStr) {
-        let Ok(status) = statx(
-            &parent.path,
-            name,
-            AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT,
-            StatxFlags::BASIC_STATS | StatxFlags::MNT_ID,
-        ) else {
-            return;
-        };
+        let Ok(status) = status_at(parent, name) else { return };
         let known = {
             let table = lock(&self.table);
             let id = table.by_key.get(&Key::of(&status));
@@ -247,6 +273,12 @@ impl Nodes {
             *lock(&node.place) = Some(Place { parent: Arc::clone(parent), name: name.to_owned() });
         }
     }
+}
+
+/// What there is to know of an entry of a directory.
+fn status_at(directory: &Node, name: &CStr) -> Result<Statx> {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+    statx(&directory.path, name, flags, StatxFlags::BASIC_STATS | StatxFlags::MNT_ID)
 }
 
 fn kind(status: &Statx) -> FileType {

@@ -39,7 +39,7 @@ const OPEN_FILES: u64 = 1 << 20;
 const FORBIDDEN: i32 = 31;
 
 /// Calls allowed whatever their arguments.
-const ALLOWED: [i64; 62] = [
+const ALLOWED: [i64; 63] = [
     // Messages.
     libc::SYS_recvfrom,
     libc::SYS_sendto,
@@ -97,6 +97,7 @@ const ALLOWED: [i64; 62] = [
     libc::SYS_rt_sigprocmask,
     libc::SYS_rt_sigaction,
     libc::SYS_rt_sigreturn,
+    libc::SYS_rt_sigtimedwait,
     libc::SYS_futex,
     libc::SYS_restart_syscall,
     libc::SYS_clock_gettime,

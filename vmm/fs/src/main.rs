@@ -16,9 +16,11 @@ mod file;
 mod handle;
 mod inode;
 mod jail;
+mod lock;
 mod names;
 mod reply;
 mod server;
+mod signal;
 #[cfg(test)]
 mod tests;
 
@@ -27,7 +29,7 @@ use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::thread;
+use std::thread::{self, JoinHandle};
 
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use thiserror::Error;
@@ -77,19 +79,34 @@ fn run() -> Result<(), StartError> {
     let shared = openat(CWD, SHARED, flags, Mode::empty()).map_err(|error| StartError::Shared(error.into()))?;
     // The guest's kernel has applied its processes' umask.
     rustix::process::umask(Mode::empty());
+    signal::block();
     jail::enter(&shared)?;
-    let server = Arc::new(Server::new(shared).map_err(|error| StartError::Server(error.into()))?);
+    let (server, arrivals) = Server::new(shared).map_err(|error| StartError::Server(error.into()))?;
+    let server = Arc::new(server);
+    let (sweeper, answers) = (Arc::clone(&server), Arc::clone(&socket));
+    // Both end with the process.
+    start("sweeper", move || {
+        signal::each(|| {
+            if let Err(error) = sweeper.drop_unmounted() {
+                eprintln!("pericarp-fs: cannot let go of volumes: {error}");
+            }
+        });
+    })?;
+    start("locks", move || lock::answer_waiting(&answers, &arrivals))?;
     let mut workers = Vec::new();
     for number in 0..WORKERS {
         let (server, socket) = (Arc::clone(&server), Arc::clone(&socket));
-        let builder = thread::Builder::new().name(format!("worker{number}"));
-        workers.push(builder.spawn(move || server.serve(&socket)).map_err(StartError::Thread)?);
+        workers.push(start(&format!("worker{number}"), move || server.serve(&socket))?);
     }
     for worker in workers {
         // A worker that panicked has said so; the others go on.
         let _ = worker.join();
     }
     Ok(())
+}
+
+fn start(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, StartError> {
+    thread::Builder::new().name(name.to_owned()).spawn(work).map_err(StartError::Thread)
 }
 
 #[expect(unsafe_code, reason = "an inherited descriptor has no owner yet")]

@@ -10,6 +10,7 @@
 )]
 
 use std::os::fd::OwnedFd;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use rustix::io::{Errno, Result};
 use rustix::net::{RecvFlags, SendFlags, recv, send};
@@ -18,6 +19,7 @@ use crate::abi::{self, InHeader, InitIn, InitOut, feature, opcode};
 use crate::body::Body;
 use crate::handle::Handles;
 use crate::inode::Nodes;
+use crate::lock::{MOST_WAITING, Owners, Waiting};
 use crate::reply::{MESSAGE_BYTES, Reply};
 
 /// Most data in one READ or WRITE.
@@ -30,6 +32,8 @@ const CONGESTED: u16 = 48;
 /// What we ask for, of what the guest offers. Nothing is cached beyond what an attribute just fetched proves: no
 /// writing back later, no keeping of names and attributes, since the host changes files at any time.
 const FEATURES: u32 = feature::ASYNC_READ
+    | feature::POSIX_LOCKS
+    | feature::FLOCK_LOCKS
     | feature::BIG_WRITES
     | feature::AUTO_INVAL_DATA
     | feature::ASYNC_DIO
@@ -51,12 +55,26 @@ pub(crate) struct Call {
 pub(crate) struct Server {
     pub(crate) nodes: Nodes,
     pub(crate) handles: Handles,
+    pub(crate) owners: Owners,
+    /// To [`crate::lock::answer_waiting`].
+    pub(crate) waits: SyncSender<Waiting>,
 }
 
 impl Server {
-    /// Serves what is beneath `root`, opened with O_PATH.
-    pub(crate) fn new(root: OwnedFd) -> Result<Self> {
-        Ok(Self { nodes: Nodes::new(root)?, handles: Handles::default() })
+    /// Serves what is beneath `root`, opened with O_PATH. Also returns where requests arrive that wait for a lock.
+    pub(crate) fn new(root: OwnedFd) -> Result<(Self, Receiver<Waiting>)> {
+        let (waits, arrivals) = sync_channel(MOST_WAITING);
+        let (handles, owners) = (Handles::default(), Owners::default());
+        Ok((Self { nodes: Nodes::new(root)?, handles, owners, waits }, arrivals))
+    }
+
+    /// Lets go of volumes that are not mounted any more.
+    pub(crate) fn drop_unmounted(&self) -> Result<()> {
+        let shares = self.nodes.shares()?;
+        self.handles.keep(&shares);
+        self.nodes.keep(&shares);
+        self.owners.keep(&self.nodes);
+        Ok(())
     }
 
     /// Answers messages until the other end closes.
@@ -89,6 +107,10 @@ impl Server {
             opcode::FORGET => return self.forget(&call, body).err().and(None),
             opcode::BATCH_FORGET => return self.forget_many(body).err().and(None),
             opcode::INTERRUPT => return None,
+            opcode::SETLKW => match self.wait_for_lock(&call, body, header.unique) {
+                Ok(false) => return None,
+                done => done.map(drop),
+            },
             other => self.carry_out(other, &call, body, reply),
         };
         Some(reply.finish(header.unique, outcome))
@@ -116,7 +138,9 @@ impl Server {
             opcode::CREATE => self.create(call, body, reply),
             opcode::OPEN | opcode::OPENDIR => self.open(call, body, reply),
             opcode::RELEASE | opcode::RELEASEDIR => self.release(body),
-            opcode::FLUSH => self.flush(body),
+            opcode::FLUSH => self.flush(call, body),
+            opcode::GETLK => self.get_lock(call, body, reply),
+            opcode::SETLK => self.set_lock(call, body),
             opcode::READ => self.read(body, reply),
             opcode::READDIR => self.readdir(body, reply),
             opcode::WRITE => self.write(body, reply),
@@ -157,6 +181,7 @@ impl Server {
     }
 
     fn forget_all(&self) {
+        self.owners.clear();
         self.handles.clear();
         self.nodes.clear();
     }

@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Receiver;
 use std::thread;
 
 use proptest::prelude::*;
@@ -12,11 +13,12 @@ use tempfile::TempDir;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use crate::abi::{
-    Attr, AttrOut, BatchForgetIn, CreateIn, Dirent, EntryOut, FallocateIn, ForgetIn, ForgetOne, GetxattrIn,
-    GetxattrOut, InHeader, InitIn, InitOut, LinkIn, LseekIn, LseekOut, MkdirIn, MknodIn, OpenIn, OpenOut, OutHeader,
-    ROOT, ReadIn, ReleaseIn, Rename2In, SetattrIn, SetxattrIn, StatfsOut, WRITE_KILL_SUIDGID, WriteIn, WriteOut,
-    change, feature, opcode,
+    Attr, AttrOut, BatchForgetIn, CreateIn, Dirent, EntryOut, FallocateIn, FileLock, FlushIn, ForgetIn, ForgetOne,
+    GetxattrIn, GetxattrOut, InHeader, InitIn, InitOut, LK_FLOCK, LinkIn, LkIn, LseekIn, LseekOut, MkdirIn, MknodIn,
+    OpenIn, OpenOut, OutHeader, ROOT, ReadIn, ReleaseIn, Rename2In, SetattrIn, SetxattrIn, StatfsOut,
+    WRITE_KILL_SUIDGID, WriteIn, WriteOut, change, feature, opcode,
 };
+use crate::lock::{Waiting, answer_waiting};
 use crate::reply::Reply;
 use crate::server::Server;
 
@@ -26,6 +28,7 @@ const MOUNTED: &str = "shm";
 
 struct Guest {
     server: Server,
+    arrivals: Receiver<Waiting>,
     reply: Reply,
     directory: TempDir,
     /// The node of `directory`.
@@ -47,8 +50,8 @@ impl Guest {
     fn new() -> Self {
         let directory = tempfile::tempdir_in(Path::new(MOUNTED_IN).join(MOUNTED)).expect("a directory");
         let root = openat(CWD, MOUNTED_IN, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).expect("opens");
-        let server = Server::new(root).expect("serves");
-        let mut guest = Self { server, reply: Reply::default(), directory, share: 0, user: (0, 0) };
+        let (server, arrivals) = Server::new(root).expect("serves");
+        let mut guest = Self { server, arrivals, reply: Reply::default(), directory, share: 0, user: (0, 0) };
         let mounted = guest.find(ROOT, MOUNTED).expect("it is mounted").nodeid;
         let last = guest.directory.path().file_name().expect("a name").to_str().expect("text").to_owned();
         guest.share = guest.find(mounted, &last).expect("it is there").nodeid;
@@ -365,6 +368,65 @@ fn space_is_made_and_found() {
     assert_eq!(guest.call(opcode::LSEEK, 0, &[seek(libc::SEEK_END).as_bytes()]).err(), Some(libc::EINVAL));
 }
 
+/// A lock of bytes 0 to 9 by an owner, or of a file.
+fn lock(fh: u64, owner: u64, kind: i32, lk_flags: u32) -> LkIn {
+    let lk = FileLock { start: 0, end: 9, kind: kind.cast_unsigned(), pid: 1 };
+    LkIn { fh, owner, lk, lk_flags, padding: 0 }
+}
+
+#[test]
+fn owners_of_locks_are_told_apart_until_they_close() {
+    let mut guest = Guest::new();
+    let (_, fh) = guest.create("file", libc::O_RDWR, 0o600).expect("creates");
+    let node = guest.node("file");
+    let set = |guest: &mut Guest, asked: LkIn| guest.call(opcode::SETLK, node, &[asked.as_bytes()]).err();
+    assert_eq!(set(&mut guest, lock(fh, 1, libc::F_WRLCK, 0)), None);
+    assert_eq!(set(&mut guest, lock(fh, 1, libc::F_WRLCK, 0)), None, "its own");
+    assert_eq!(set(&mut guest, lock(fh, 2, libc::F_RDLCK, 0)), Some(libc::EAGAIN));
+    let asked = lock(fh, 2, libc::F_WRLCK, 0);
+    let found: FileLock = take(&guest.call(opcode::GETLK, node, &[asked.as_bytes()]).expect("looks"));
+    assert_eq!((found.start, found.end, found.kind), (0, 9, libc::F_WRLCK.cast_unsigned()));
+    // A process of the host's sees it too.
+    let file = fs::File::options().write(true).open(guest.path("file")).expect("opens");
+    let held = rustix::fs::fcntl_lock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive);
+    assert_eq!(held.err(), Some(rustix::io::Errno::AGAIN));
+    let flush = FlushIn { fh, unused: 0, padding: 0, lock_owner: 1 };
+    guest.call(opcode::FLUSH, node, &[flush.as_bytes()]).expect("closes");
+    assert_eq!(set(&mut guest, lock(fh, 2, libc::F_WRLCK, 0)), None);
+}
+
+#[test]
+fn a_lock_that_is_held_is_waited_for_and_holds_up_nobody() {
+    let mut guest = Guest::new();
+    let (_, first) = guest.create("file", libc::O_RDWR, 0o600).expect("creates");
+    let node = guest.node("file");
+    let second = guest.open(node, libc::O_RDWR).expect("opens");
+    let ask = |guest: &mut Guest, opcode: u32, asked: LkIn| guest.call(opcode, node, &[asked.as_bytes()]);
+    ask(&mut guest, opcode::SETLK, lock(first, 0, libc::F_WRLCK, LK_FLOCK)).expect("is free");
+    assert_eq!(ask(&mut guest, opcode::SETLK, lock(second, 0, libc::F_RDLCK, LK_FLOCK)).err(), Some(libc::EAGAIN));
+    // Two requests that wait: `call` hears no answer.
+    for _ in 0..2 {
+        ask(&mut guest, opcode::SETLKW, lock(second, 0, libc::F_WRLCK, LK_FLOCK)).expect("waits");
+    }
+    assert!(guest.find(guest.share, "file").is_ok());
+    ask(&mut guest, opcode::SETLK, lock(first, 0, libc::F_UNLCK, LK_FLOCK)).expect("was held");
+    let (ours, theirs) = rustix::net::socketpair(
+        rustix::net::AddressFamily::UNIX,
+        rustix::net::SocketType::SEQPACKET,
+        rustix::net::SocketFlags::CLOEXEC,
+        None,
+    )
+    .expect("a socket pair");
+    let Guest { server, arrivals, .. } = guest;
+    // Without a server nobody sends any more, and the thread ends when it has answered.
+    drop(server);
+    answer_waiting(&theirs, &arrivals);
+    let mut answer = [0; 64];
+    let (_, length) = rustix::net::recv(&ours, &mut answer[..], rustix::net::RecvFlags::DONTWAIT).expect("an answer");
+    let header: OutHeader = take(&answer[..length]);
+    assert_eq!((header.unique, header.error), (9, 0));
+}
+
 #[test]
 fn devices_are_not_made_and_pipes_not_opened() {
     let mut guest = Guest::new();
@@ -407,7 +469,7 @@ proptest! {
         opcode in 0..60_u32, node in 0..4_u64, body in prop::collection::vec(any::<u8>(), 0..200),
     ) {
         let root = openat(CWD, "/proc/self/fdinfo", OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).expect("opens");
-        let server = Server::new(root).expect("serves");
+        let (server, _arrivals) = Server::new(root).expect("serves");
         let header = InHeader { len: 0, opcode, unique: 1, nodeid: node, uid: 0, gid: 0, pid: 0, total_extlen: 0, padding: 0 };
         let mut reply = Reply::default();
         for message in [&[header.as_bytes(), &body].concat()[..], &body] {

@@ -166,6 +166,9 @@ fn mount(mount: &MountSpec) -> proto::Mount {
         recursive_read_only: mount.recursive_read_only,
         ..proto::Mount::default()
     };
+    if mount.host_to_container {
+        wire.set_propagation(proto::MountPropagation::PropagationHostToContainer);
+    }
     match &mount.source {
         MountSource::Host(path) => wire.host_path = path.display().to_string(),
         MountSource::Image(id) => wire.image = Some(ImageSpec { image: id.clone(), ..ImageSpec::default() }),
