@@ -11,7 +11,7 @@ STATIC_BIN := target/$(TARGET)/release
 ROOT := target/root
 LAB := tests/lab/lab
 
-.PHONY: demo test test-all test-host test-lab lab-a lab-b conformance bench build install lint setup programs static-programs kernel initrd clean
+.PHONY: demo test test-all test-host test-lab lab-a lab-b fuzz-smoke conformance bench build install lint setup programs static-programs kernel initrd clean
 
 ## What is built
 
@@ -96,6 +96,14 @@ lab-b:
 	$(call in_lab,pericarp-tests,$(LAB_TESTS_B))
 	$(call in_lab,pericarp-init,containers sessions)
 	$(IN_GUEST) $(call in_lab,pericarp-init,containers sessions)
+
+# Each fuzz target for a minute; FUZZ_SECONDS=3600 for longer.
+FUZZ_TARGETS := blk fs net protocol registers ring vsock
+FUZZ_SECONDS := 60
+
+fuzz-smoke:
+	cargo_fuzz=$$(tests/cargo-tool cargo-fuzz 0.13.1); PATH=$${cargo_fuzz%/*}:$$PATH; for target in $(FUZZ_TARGETS); do \
+	    cargo fuzz run --fuzz-dir tests/fuzz --sanitizer none $$target -- -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=2048; done
 
 # Kubernetes' own suite for container runtimes, all of it: most of an hour in the lab. FLAGS go to tests/conformance/run.
 conformance: $(ROOT)
