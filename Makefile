@@ -73,7 +73,7 @@ test-host: setup
 
 # Two labs side by side use both cores.
 LAB_TESTS_A := pod cli kill volumes
-LAB_TESTS_B := bad_input streaming at_once calls
+LAB_TESTS_B := bad_input streaming at_once calls observe
 LAB_TESTS_SLOW := in_turn
 
 # $(call in_lab,PACKAGE,TESTS): cargo runs each test binary through the lab.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -31,6 +32,8 @@ pub struct Config {
     pub registry_stall_seconds: u64,
     /// Where networks come from.
     pub cni: CniConfig,
+    /// What can be read of the daemon's counters.
+    pub metrics: MetricsConfig,
     /// How registries are reached that need more than their name.
     #[serde(rename = "registry")]
     pub registries: Vec<Registry>,
@@ -47,6 +50,14 @@ pub struct CniConfig {
     pub conf_dir: PathBuf,
     /// Directories of plugins, searched in order.
     pub bin_dirs: Vec<PathBuf>,
+}
+
+/// What can be read of the daemon's counters.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MetricsConfig {
+    /// Address and port of HTTP; empty for none.
+    pub listen: String,
 }
 
 /// A registry that needs more than its name.
@@ -95,6 +106,7 @@ impl Default for Config {
             image_max_mib: store.max_unpacked_mib,
             registry_stall_seconds: store.registries.stall_seconds,
             cni: CniConfig::default(),
+            metrics: MetricsConfig::default(),
             registries: Vec::new(),
             core: CoreConfig::default(),
         }
@@ -132,6 +144,7 @@ impl Config {
         if config.handler.is_empty() {
             return Err("handler is empty".to_owned());
         }
+        config.metrics.address()?;
         Ok(config)
     }
 
@@ -161,6 +174,18 @@ impl Config {
         let hosts: BTreeMap<_, _> = self.registries.iter().map(host).collect();
         let registries = RegistryConfig { stall_seconds: self.registry_stall_seconds, hosts };
         StoreConfig { max_unpacked_mib: self.image_max_mib, registries }
+    }
+}
+
+impl MetricsConfig {
+    /// Where to listen, if anywhere.
+    pub fn address(&self) -> Result<Option<SocketAddr>, String> {
+        if self.listen.is_empty() {
+            return Ok(None);
+        }
+        let wrong =
+            |_| format!("metrics.listen {:?} is no address: write IP:PORT, such as 127.0.0.1:9617", self.listen);
+        self.listen.parse().map(Some).map_err(wrong)
     }
 }
 
@@ -204,6 +229,7 @@ mod tests {
             ("vmm = \"pericarp-vmm\"", "absolute"),
             ("socket = \"/var/run/crio/crio.sock\"", "CRI-O"),
             ("handler = \"\"", "handler"),
+            ("[metrics]\nlisten = \"9617\"", "127.0.0.1:9617"),
         ] {
             let error = Config::parse(text).expect_err(text);
             assert!(error.contains(word), "{text}: {error}");

@@ -194,6 +194,11 @@ pub(crate) enum Life {
 }
 
 impl Record {
+    /// What lines of the log carry that are written for the pod.
+    pub(crate) fn span(&self) -> tracing::Span {
+        self.spec.identity.span()
+    }
+
     /// Writes it in place of an older one.
     pub(crate) fn write(&self, path: &Path) -> Result<(), RecordError> {
         let new = path.with_extension("new");

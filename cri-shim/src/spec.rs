@@ -92,6 +92,13 @@ pub struct PodIdentity {
     pub attempt: u32,
 }
 
+impl PodIdentity {
+    /// What every line of the log carries that is written for the pod. At the highest level, so that no filter takes it off.
+    pub(crate) fn span(&self) -> tracing::Span {
+        tracing::error_span!("pod", namespace = self.namespace, name = self.name)
+    }
+}
+
 /// Where a pod's network comes from.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

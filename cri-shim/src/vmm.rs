@@ -102,7 +102,7 @@ impl Vmm {
     }
 
     /// Why it ended, after [`Vmm::wait`].
-    pub(crate) async fn cause(self) -> String {
+    pub(crate) async fn cause(self) -> Cause {
         let ended = match self.ended {
             Some(ended) => tokio::time::timeout(REPORT_LIMIT, ended).await.ok().and_then(Result::ok),
             None => None,
@@ -111,12 +111,37 @@ impl Vmm {
     }
 }
 
-/// Why the VMM of a directory ended, from the events it left and, where known, how the process ended: a sentence for
-/// people, and after a panic the end of the guest's console.
-pub(crate) fn cause_of(dir: &PodDir, ended: Option<Ended>) -> String {
+/// Why a VMM ended.
+#[derive(Debug)]
+pub(crate) struct Cause {
+    /// A word to count by.
+    pub(crate) kind: &'static str,
+    /// A sentence for people, and after a panic the end of the guest's console.
+    pub(crate) text: String,
+}
+
+/// Why the VMM of a directory ended, from the events it left and, where known, how the process ended.
+pub(crate) fn cause_of(dir: &PodDir, ended: Option<Ended>) -> Cause {
     let events = events(dir);
     let log = fs::read(dir.vmm_log()).unwrap_or_default();
-    cause(&events, ended, &String::from_utf8_lossy(&log[log.len().saturating_sub(LOG_TAIL)..]))
+    let text = cause(&events, ended, &String::from_utf8_lossy(&log[log.len().saturating_sub(LOG_TAIL)..]));
+    Cause { kind: kind(&events, ended), text }
+}
+
+fn kind(events: &[Event], ended: Option<Ended>) -> &'static str {
+    match (events.last().map(|event| &event.kind), ended) {
+        (Some(EventKind::Shutdown { reason }), _) => match reason {
+            ShutdownReason::GuestPoweroff => "guest_poweroff",
+            ShutdownReason::GuestReset => "guest_reset",
+            ShutdownReason::GuestPanic => "guest_panic",
+            ShutdownReason::Requested => "requested",
+            ShutdownReason::Fault { .. } => "fault",
+            ShutdownReason::ForbiddenSyscall { .. } => "forbidden_syscall",
+        },
+        (_, Some(Ended::Killed(_))) => "killed",
+        (_, Some(Ended::Exited(_))) => "exited",
+        (_, None) => "unknown",
+    }
 }
 
 fn cause(events: &[Event], ended: Option<Ended>, log: &str) -> String {
@@ -258,6 +283,7 @@ mod tests {
     fn a_killed_vmm_is_never_a_success() {
         let events = [event(EventKind::Started), event(EventKind::AgentConnected)];
         assert_eq!(cause(&events, Some(Ended::Killed(9)), ""), "the VMM was killed by signal 9");
+        assert_eq!(kind(&events, Some(Ended::Killed(9))), "killed");
         assert!(cause(&events, None, "").contains("killed"));
     }
 

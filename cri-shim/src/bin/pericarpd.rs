@@ -13,6 +13,7 @@ use clap::Parser;
 use cri_shim::config::{Config, DEFAULT_PATH};
 use cri_shim::cri::{self, Node};
 use cri_shim::image::Store;
+use cri_shim::metrics::{self, Metrics};
 use cri_shim::network::Network;
 use cri_shim::pod::Pods;
 use cri_shim::spawner::Spawner;
@@ -84,7 +85,9 @@ async fn run(config: &Config, spawner: Spawner) -> Result<()> {
         streaming,
         handler: config.handler.clone(),
         config: serde_json::to_value(config).context("the configuration as JSON")?,
+        metrics: Metrics::default(),
     };
+    observe(config, &node).await?;
     let listener = listen(&config.socket)?;
     tracing::info!(socket = %config.socket.display(), version = env!("CARGO_PKG_VERSION"), "ready");
     notify("READY=1");
@@ -108,6 +111,16 @@ async fn run(config: &Config, spawner: Spawner) -> Result<()> {
         () = overdue => tracing::warn!("calls are still under way; their clients will try again"),
     }
     fs::remove_file(&config.socket).with_context(|| format!("removing {}", config.socket.display()))
+}
+
+/// Counts what there is to count, and tells who asks.
+async fn observe(config: &Config, node: &Node) -> Result<()> {
+    node.metrics.watch_boots(node.pods.clone());
+    let Some(address) = config.metrics.address().map_err(anyhow::Error::msg)? else { return Ok(()) };
+    let served = metrics::server::start(address, node.metrics.clone(), node.clone()).await;
+    let at = served.with_context(|| format!("listening on {address}, the configuration's metrics.listen"))?;
+    tracing::info!(%at, "metrics can be read");
+    Ok(())
 }
 
 /// Makes sure that one daemon alone uses a state directory, for as long as the file is open.

@@ -1,13 +1,14 @@
 //! ImageService: what is on the node, and bringing more.
 
 use std::collections::HashMap;
+use std::time::Instant;
 
 use tonic::{Code, Request, Response, Status};
 
 use super::proto::image_service_server::ImageService;
 use super::proto::*;
 use super::runtime::{Parts, parts};
-use super::{Node, convert};
+use super::{Node, calls, convert};
 use crate::image::{self, Auth};
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -30,12 +31,16 @@ impl ImageService for Node {
     async fn pull_image(&self, request: Request<PullImageRequest>) -> Answer<PullImageResponse> {
         let PullImageRequest { image, auth, sandbox_config: _ } = request.into_inner();
         let name = named(image)?;
-        let image = self.images.pull(&name, auth.map(credentials), None).await.map_err(|error| status(&error))?;
-        Ok(Response::new(PullImageResponse { image_ref: image.id }))
+        calls::image(&name);
+        let began = Instant::now();
+        let pulled = self.images.pull(&name, auth.map(credentials), None).await;
+        self.metrics.pulled(pulled.as_ref().map_or_else(image::Error::word, |_| "done"), began.elapsed());
+        Ok(Response::new(PullImageResponse { image_ref: pulled.map_err(|error| status(&error))?.id }))
     }
 
     async fn remove_image(&self, request: Request<RemoveImageRequest>) -> Answer<RemoveImageResponse> {
         let name = named(request.into_inner().image)?;
+        calls::image(&name);
         self.images.remove(&name).map_err(|error| status(&error))?;
         Ok(Response::new(RemoveImageResponse {}))
     }

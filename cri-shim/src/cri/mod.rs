@@ -3,6 +3,7 @@
 //! What a call means is in [`convert`]; what it does is in [`crate::pod`] and [`crate::image`]. Nothing here owns
 //! state, waits for a VM or knows what a guest is.
 
+mod calls;
 mod convert;
 mod deadline;
 mod image;
@@ -18,9 +19,11 @@ use tonic::{Code, Status};
 
 use crate::error::Error;
 use crate::image::Store;
+use crate::metrics::Metrics;
 use crate::network::Network;
 use crate::pod::Pods;
 use crate::streaming::Streaming;
+use calls::Observed;
 use deadline::Deadline;
 use proto::image_service_server::ImageServiceServer;
 use proto::runtime_service_server::RuntimeServiceServer;
@@ -49,6 +52,8 @@ pub struct Node {
     pub handler: String,
     /// The daemon's configuration, for people who ask for it.
     pub config: serde_json::Value,
+    /// Where calls are counted.
+    pub metrics: Metrics,
 }
 
 /// Answers calls until `shutdown` is over; those under way are then finished.
@@ -57,9 +62,11 @@ pub async fn serve(
     node: Node,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
+    let metrics = node.metrics.clone();
     let runtime = RuntimeServiceServer::new(node.clone());
     let images = ImageServiceServer::new(node);
     tonic::transport::Server::builder()
+        .layer(tower::layer::layer_fn(move |inner| Observed { inner, metrics: metrics.clone() }))
         .layer(tower::layer::layer_fn(Deadline))
         .add_service(runtime.max_decoding_message_size(MESSAGE_LIMIT).max_encoding_message_size(MESSAGE_LIMIT))
         .add_service(images.max_decoding_message_size(MESSAGE_LIMIT).max_encoding_message_size(MESSAGE_LIMIT))

@@ -33,6 +33,32 @@ fn kind(error: &Error) -> fn(String) -> crate::Error {
     }
 }
 
+impl Error {
+    /// The result of a pull in one of a few words, to count by.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Pull(_, error) => match error {
+                Registry::NotFound { .. } => "not_found",
+                Registry::Denied { .. } | Registry::BadAuth => "denied",
+                Registry::Unreachable(..) => "unreachable",
+                Registry::Stalled(..) | Registry::Broken(..) => "broken_off",
+                Registry::Status(_, 429) => "rate_limited",
+                Registry::Status(..) | Registry::Reply(..) => "registry_fails",
+                Registry::Mismatch(..) => "damaged",
+                Registry::Manifest(..) | Registry::TooLarge(..) => "unusable",
+                Registry::Ca(..) | Registry::Mirror(_) | Registry::Client(_) => "misconfigured",
+                Registry::Write(_) => "store_fails",
+            },
+            Self::Reference(_) => "no_name",
+            Self::Unpack(..) | Self::Import(_) => "unusable",
+            Self::DiskFull(..) => "disk_full",
+            Self::Io(..) => "store_fails",
+            Self::Ending => "broken_off",
+            Self::Shared(error) => error.word(),
+        }
+    }
+}
+
 /// The error with all that caused it.
 fn text(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();

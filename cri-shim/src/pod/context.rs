@@ -1,8 +1,10 @@
 //! What all pods share: choices, the spawner, images, networks, and what the host has.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::thread::available_parallelism;
 
 use tokio::sync::Semaphore;
@@ -17,6 +19,7 @@ use crate::image::Store;
 use crate::network::{Network, NetworkError};
 use crate::scratch;
 use crate::spawner;
+use crate::vmm::Cause;
 
 /// Held while a process works in a state directory.
 const LOCK: &str = "pods.lock";
@@ -40,6 +43,8 @@ pub(super) struct Context {
     pub(super) watcher: Watcher,
     /// Taken by each pod that boots.
     pub(super) boots: Semaphore,
+    /// How often VMs have ended, by why.
+    ends: Mutex<BTreeMap<&'static str, u64>>,
     _lock: File,
 }
 
@@ -56,7 +61,21 @@ impl Context {
         let host = host()?;
         let boots = Semaphore::new(host.cpus.saturating_mul(BOOTS_PER_CPU).max(LEAST_BOOTS));
         let (events, watcher) = (Events::new(), Watcher::new()?);
-        Ok(Self { host, events, watcher, boots, config, spawner, images, network, template, _lock: lock })
+        let ends = Mutex::default();
+        Ok(Self { host, events, watcher, boots, ends, config, spawner, images, network, template, _lock: lock })
+    }
+
+    /// Counts the end of a VM, and says why it ended.
+    pub(super) fn ended(&self, cause: Cause) -> String {
+        let mut ends = self.ends.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = ends.entry(cause.kind).or_default();
+        *count = count.saturating_add(1);
+        cause.text
+    }
+
+    /// How often VMs have ended since the daemon began, by why.
+    pub(super) fn ends(&self) -> BTreeMap<&'static str, u64> {
+        self.ends.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 

@@ -27,6 +27,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{broadcast, oneshot, watch};
+use tracing::Instrument;
 use vmm_control::{Command, Reply};
 
 pub use config::{CoreConfig, PodDir};
@@ -87,7 +88,8 @@ impl Pods {
         self.table.reserve(&id, &spec.identity)?;
         let (pods, name) = (self.clone(), id.clone());
         let (answer, started) = oneshot::channel();
-        tokio::spawn(async move {
+        let span = spec.identity.span();
+        let work = async move {
             let done = match start::start(Arc::clone(&pods.context), name.clone(), spec).await {
                 Ok(owner) => {
                     let status = owner.watch().borrow().clone();
@@ -108,7 +110,8 @@ impl Pods {
                     tracing::warn!(pod = name, %error, "a pod that nobody waits for is not quite gone");
                 }
             }
-        });
+        };
+        tokio::spawn(work.instrument(span));
         started.await.map_err(|_| Error::Internal("starting the pod failed".into()))??;
         Ok(id)
     }
@@ -282,6 +285,11 @@ impl Pods {
             Reply::Counters(counters) => Ok(counters),
             _ => Err(Error::Internal("the VMM gave an answer that does not fit".into())),
         }
+    }
+
+    /// How often VMs have ended since the daemon began, by why: `guest_poweroff`, `guest_panic`, `killed` ….
+    pub fn vm_ends(&self) -> BTreeMap<&'static str, u64> {
+        self.context.ends()
     }
 
     /// What a pod's guest printed on its console from byte `from` on, and the byte to go on from.

@@ -231,7 +231,7 @@ impl Owner {
                 self.container_exited(&exited);
             }
         }
-        Some(machine.vmm.cause().await)
+        Some(self.context.ended(machine.vmm.cause().await))
     }
 
     /// Makes the record say that nothing runs any more.

@@ -119,7 +119,10 @@ async fn make(context: &Arc<Context>, mut record: Record) -> Result<Owner> {
     write(&record, &dir)?;
     let together = boot_and_attach(context, &record, &vmm, &dir, netns.as_ref()).await;
     let (booted, attachment) = match together {
-        Err(Failure::VmEnded) => return Err(Error::Internal(format!("the VM did not start: {}", vmm.cause().await))),
+        Err(Failure::VmEnded) => {
+            let cause = context.ended(vmm.cause().await);
+            return Err(Error::Internal(format!("the VM did not start: {cause}")));
+        }
         Err(Failure::Other(error)) => return Err(error),
         Ok(both) => both,
     };

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::{mpsc, oneshot, watch};
+use tracing::Instrument;
 
 use super::owner::{Operation, Owner, Running};
 use super::{ContainerStatus, PodStatus};
@@ -121,10 +122,12 @@ impl Table {
         let pod = Pod { id: Arc::clone(&id), operations, status: owner.watch() };
         self.lock().insert(id.to_string(), Entry::Started(pod));
         let table = self.clone();
-        tokio::spawn(async move {
+        let span = owner.record.span();
+        let work = async move {
             owner.run(inbox).await;
             table.remove(&id);
-        });
+        };
+        tokio::spawn(work.instrument(span));
     }
 
     /// A pod that has been started, by its id or a prefix that no other has.
