@@ -28,6 +28,8 @@ pub struct Config {
     pub image_dir: PathBuf,
     /// Most MiB that an image may have unpacked.
     pub image_max_mib: u64,
+    /// File that says which images may be pulled; empty lets all in.
+    pub image_policy: PathBuf,
     /// A registry that sends nothing for so long counts as stalled.
     pub registry_stall_seconds: u64,
     /// Where networks come from.
@@ -104,6 +106,7 @@ impl Default for Config {
             log: "info".into(),
             image_dir: "/var/lib/pericarp/images".into(),
             image_max_mib: store.max_unpacked_mib,
+            image_policy: PathBuf::new(),
             registry_stall_seconds: store.registries.stall_seconds,
             cni: CniConfig::default(),
             metrics: MetricsConfig::default(),
@@ -151,7 +154,11 @@ impl Config {
     fn paths(&self) -> impl Iterator<Item = &PathBuf> {
         let core = &self.core;
         let own = [&self.socket, &self.image_dir, &self.cni.conf_dir, &core.state_dir, &core.scratch_dir];
-        own.into_iter().chain([&core.vmm, &core.kernel, &core.initrd, &core.cgroup_root]).chain(&self.cni.bin_dirs)
+        let policy = Some(&self.image_policy).filter(|path| !path.as_os_str().is_empty());
+        own.into_iter()
+            .chain(policy)
+            .chain([&core.vmm, &core.kernel, &core.initrd, &core.cgroup_root])
+            .chain(&self.cni.bin_dirs)
     }
 
     /// For [`crate::network::Network`].
@@ -173,7 +180,8 @@ impl Config {
         };
         let hosts: BTreeMap<_, _> = self.registries.iter().map(host).collect();
         let registries = RegistryConfig { stall_seconds: self.registry_stall_seconds, hosts };
-        StoreConfig { max_unpacked_mib: self.image_max_mib, registries }
+        let policy = Some(self.image_policy.clone()).filter(|path| !path.as_os_str().is_empty());
+        StoreConfig { max_unpacked_mib: self.image_max_mib, registries, policy }
     }
 }
 

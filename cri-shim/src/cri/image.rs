@@ -121,7 +121,26 @@ fn status(error: &image::Error) -> Status {
         text = format!("{text}: {error}");
         cause = error.source();
     }
-    Status::new(code(error), text)
+    match reason(error) {
+        // The kubelet looks for the word at the beginning of the text, and sees it there only if the code is Unknown: it puts all
+        // others before the text (k8s.io/cri-client, PullImage).
+        Some(word) => Status::new(Code::Unknown, format!("{word}: {text}")),
+        None => Status::new(code(error), text),
+    }
+}
+
+/// The words that the kubelet makes the reason of a container that waits for its image (k8s.io/cri-api, pkg/errors).
+fn reason(error: &image::Error) -> Option<&'static str> {
+    use image::errors::Registry;
+    match error {
+        image::Error::Signature(..) => Some("SignatureValidationFailed"),
+        image::Error::Pull(
+            _,
+            Registry::Unreachable(..) | Registry::Stalled(..) | Registry::Broken(..) | Registry::Status(..),
+        ) => Some("RegistryUnavailable"),
+        image::Error::Shared(error) => reason(error),
+        _ => None,
+    }
 }
 
 fn code(error: &image::Error) -> Code {
@@ -131,8 +150,10 @@ fn code(error: &image::Error) -> Code {
         image::Error::Pull(_, Registry::NotFound { .. }) => Code::NotFound,
         image::Error::Pull(_, Registry::Denied { .. }) => Code::PermissionDenied,
         image::Error::Pull(_, Registry::Manifest(..)) => Code::FailedPrecondition,
+        image::Error::Pull(_, Registry::RateLimited(_)) => Code::ResourceExhausted,
         image::Error::Pull(..) => Code::Unavailable,
         image::Error::Unpack(..) | image::Error::Import(_) => Code::FailedPrecondition,
+        image::Error::Signature(..) | image::Error::Policy(_) => Code::FailedPrecondition,
         image::Error::DiskFull(..) => Code::ResourceExhausted,
         image::Error::Ending => Code::Aborted,
         image::Error::Shared(error) => code(error),

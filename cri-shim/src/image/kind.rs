@@ -24,8 +24,10 @@ fn kind(error: &Error) -> fn(String) -> crate::Error {
             | Registry::Status(..)
             | Registry::Reply(..)
             | Registry::Mismatch(..) => crate::Error::Unavailable,
+            Registry::RateLimited(_) => crate::Error::ResourceExhausted,
             Registry::Write(_) => crate::Error::Internal,
         },
+        Error::Signature(..) | Error::Policy(_) => crate::Error::FailedPrecondition,
         Error::DiskFull(..) => crate::Error::ResourceExhausted,
         Error::Io(..) => crate::Error::Internal,
         Error::Ending => crate::Error::Unavailable,
@@ -42,7 +44,7 @@ impl Error {
                 Registry::Denied { .. } | Registry::BadAuth => "denied",
                 Registry::Unreachable(..) => "unreachable",
                 Registry::Stalled(..) | Registry::Broken(..) => "broken_off",
-                Registry::Status(_, 429) => "rate_limited",
+                Registry::RateLimited(_) => "rate_limited",
                 Registry::Status(..) | Registry::Reply(..) => "registry_fails",
                 Registry::Mismatch(..) => "damaged",
                 Registry::Manifest(..) | Registry::TooLarge(..) => "unusable",
@@ -51,6 +53,7 @@ impl Error {
             },
             Self::Reference(_) => "no_name",
             Self::Unpack(..) | Self::Import(_) => "unusable",
+            Self::Signature(..) | Self::Policy(_) => "not_let_in",
             Self::DiskFull(..) => "disk_full",
             Self::Io(..) => "store_fails",
             Self::Ending => "broken_off",

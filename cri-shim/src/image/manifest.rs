@@ -14,7 +14,7 @@ pub(crate) const MAX_CONFIG: u64 = 8 << 20;
 pub(crate) const MAX_LAYERS: usize = 256;
 
 /// What is asked for, best first.
-pub(crate) const ACCEPT: &str = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
+pub(crate) const MANIFESTS: &str = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
     application/vnd.docker.distribution.manifest.list.v2+json, application/vnd.docker.distribution.manifest.v2+json";
 
 /// Configurations that describe a container.

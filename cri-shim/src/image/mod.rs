@@ -25,6 +25,7 @@ mod manifest;
 mod pull;
 mod reference;
 mod registry;
+mod signature;
 mod spool;
 mod store;
 mod tree;
@@ -45,5 +46,6 @@ pub mod errors {
     pub use super::layer::Error as Layer;
     pub use super::manifest::Error as Manifest;
     pub use super::registry::Error as Registry;
+    pub use super::signature::Error as Signature;
     pub use super::tree::Error as Tree;
 }

@@ -13,6 +13,7 @@ use super::digest::Digest;
 use super::manifest::{Configuration, MAX_CONFIG, Manifest, chain_id};
 use super::reference::Reference;
 use super::registry::{self, Auth, Found, Session, Sink};
+use super::signature::{self, Policy, Rule};
 use super::spool::{SpoolWriter, spool};
 use super::store::{Entry, Error, Image, MAX_TRIES, Store, is_full};
 use super::work::Work;
@@ -117,7 +118,15 @@ async fn run(
     progress: &watch::Sender<PullProgress>,
 ) -> Result<Image, Error> {
     let failed = |error| Error::Pull(reference.to_string(), error);
+    let refused = |error| match error {
+        signature::Error::Registry(error) => failed(error),
+        error => Error::Signature(reference.to_string(), error),
+    };
+    let rule = rule(store, reference).map_err(refused)?;
     let Found { digest, manifest, session } = store.config().registries.find(reference, auth).await.map_err(failed)?;
+    if let Rule::Signed(keys) = rule {
+        signature::verify(&session, &digest, &keys).await.map_err(refused)?;
+    }
     let configuration = configuration(&session, reference, &manifest).await.map_err(failed)?;
     let job = Job { store, reference, session: &session, manifest: &manifest, progress };
     let entry = Entry {
@@ -137,6 +146,15 @@ async fn run(
         }
     }
     Err(store.contended())
+}
+
+/// What the policy asks of an image of this name, if it may be let in at all.
+fn rule(store: &Store, reference: &Reference) -> Result<Rule, signature::Error> {
+    let Some(path) = &store.config().policy else { return Ok(Rule::Accept) };
+    match Policy::load(path)?.rule(reference) {
+        Rule::Reject => Err(signature::Error::Rejected),
+        other => Ok(other.clone()),
+    }
 }
 
 async fn configuration(

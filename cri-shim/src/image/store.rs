@@ -28,6 +28,7 @@ use super::manifest::ImageConfig;
 use super::pull::{PullProgress, Pulls};
 use super::reference::{BadReference, Reference};
 use super::registry::{self, Auth, RegistryConfig};
+use super::signature::{self, Policy};
 use super::work::{self, Work};
 
 /// Of the disks' form: another one gets other names.
@@ -48,6 +49,12 @@ pub enum Error {
     /// The registry or the way to it.
     #[error("cannot pull {0}")]
     Pull(String, #[source] registry::Error),
+    /// The policy does not let it in.
+    #[error("{0} is not let in")]
+    Signature(String, #[source] signature::Error),
+    /// The policy itself.
+    #[error(transparent)]
+    Policy(signature::Error),
     /// The image's layers.
     #[error("cannot unpack {0}")]
     Unpack(String, #[source] convert::Error),
@@ -78,11 +85,13 @@ pub struct StoreConfig {
     pub max_unpacked_mib: u64,
     /// How registries are reached.
     pub registries: RegistryConfig,
+    /// File that says which images may be pulled; without one, all may.
+    pub policy: Option<PathBuf>,
 }
 
 impl Default for StoreConfig {
     fn default() -> Self {
-        Self { max_unpacked_mib: 64 << 10, registries: RegistryConfig::default() }
+        Self { max_unpacked_mib: 64 << 10, registries: RegistryConfig::default(), policy: None }
     }
 }
 
@@ -151,6 +160,8 @@ impl Store {
     /// Opens or makes a store, and removes what crashes have left.
     pub fn open(dir: &Path, config: StoreConfig) -> Result<Self, Error> {
         let io = |error| Error::Io(dir.to_owned(), error);
+        // A mistake in it is to be known before the first pull.
+        config.policy.as_deref().map(Policy::load).transpose().map_err(Error::Policy)?;
         for dir in [dir.to_owned(), dir.join("disks"), dir.join("work")] {
             fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(io)?;
         }
@@ -240,11 +251,15 @@ impl Store {
     /// What the images take.
     pub fn fs_info(&self) -> Result<FsInfo, Error> {
         let (mut used_bytes, mut used_inodes) = (0_u64, 0_u64);
+        let mut count = |file: &fs::Metadata| {
+            used_bytes = used_bytes.saturating_add(file.blocks().saturating_mul(STAT_BLOCK));
+            used_inodes = used_inodes.saturating_add(1);
+        };
+        count(&fs::metadata(&self.0.dir).map_err(|error| self.io(error))?);
         for dir in [self.0.dir.clone(), self.disks_dir(), self.work_dir()] {
             for entry in fs::read_dir(dir).map_err(|error| self.io(error))?.filter_map(Result::ok) {
-                let Ok(file) = entry.metadata() else { continue };
-                used_bytes = used_bytes.saturating_add(file.blocks().saturating_mul(STAT_BLOCK));
-                used_inodes = used_inodes.saturating_add(1);
+                // One that has gone since takes nothing.
+                entry.metadata().iter().for_each(&mut count);
             }
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();

@@ -6,7 +6,9 @@
 mod build;
 mod faulty;
 mod mounted;
+mod pulls;
 mod registry;
+mod signed;
 mod token;
 
 use std::collections::BTreeMap;

@@ -26,7 +26,7 @@ pub(crate) struct Options {
 
 /// A running registry.
 pub(crate) struct Registry {
-    child: Child,
+    child: Option<Child>,
     /// `127.0.0.1:PORT`.
     pub(crate) address: String,
     pub(crate) dir: TempDir,
@@ -39,23 +39,37 @@ impl Registry {
         let address = format!("127.0.0.1:{port}");
         let config = dir.path().join("config.yml");
         fs::write(&config, options.config(dir.path(), &address)).expect("the configuration is written");
-        let log = fs::File::create(dir.path().join("log")).expect("a log");
+        let mut registry = Self { child: None, address, dir };
+        registry.serve();
+        registry
+    }
+
+    /// Starts it, again if it was killed, and waits until it answers.
+    pub(crate) fn serve(&mut self) {
+        let log = fs::File::options().create(true).append(true).open(self.dir.path().join("log")).expect("a log");
         let child = Command::new("docker-registry")
             .arg("serve")
-            .arg(config)
+            .arg(self.dir.path().join("config.yml"))
             .env_clear()
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("a log"))
             .stderr(log)
             .spawn()
             .expect("docker-registry starts: install Debian's package docker-registry (tests/lab/prepare does)");
-        let registry = Self { child, address, dir };
+        self.child = Some(child);
         let begun = Instant::now();
-        while std::net::TcpStream::connect(&registry.address).is_err() {
-            assert!(begun.elapsed() < START_LIMIT, "docker-registry does not answer: {}", registry.log());
+        while std::net::TcpStream::connect(&self.address).is_err() {
+            assert!(begun.elapsed() < START_LIMIT, "docker-registry does not answer: {}", self.log());
             std::thread::sleep(Duration::from_millis(20));
         }
-        registry
+    }
+
+    /// Kills it, in the middle of whatever it does.
+    pub(crate) fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _gone = child.kill();
+            let _gone = child.wait();
+        }
     }
 
     /// The file of a blob.
@@ -105,7 +119,6 @@ impl Options {
 
 impl Drop for Registry {
     fn drop(&mut self) {
-        let _gone = self.child.kill();
-        let _gone = self.child.wait();
+        self.kill();
     }
 }

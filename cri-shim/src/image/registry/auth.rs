@@ -5,7 +5,6 @@ use std::fmt;
 
 use base64::Engine as _;
 use http_auth::ChallengeRef;
-use oci_client::secrets::RegistryAuth;
 use reqwest::header::WWW_AUTHENTICATE;
 use reqwest::{Client, RequestBuilder, Response, Url};
 use serde::Deserialize;
@@ -38,6 +37,14 @@ impl fmt::Debug for Auth {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Auth(for {:?})", self.server_address)
     }
+}
+
+/// What is shown with each request.
+#[derive(Clone, PartialEq, Eq)]
+pub(super) enum Authorization {
+    Anonymous,
+    Basic(String, String),
+    Bearer(String),
 }
 
 /// What there is to show.
@@ -86,19 +93,19 @@ fn server_host(address: &str) -> Option<&str> {
 }
 
 /// Adds what was agreed on.
-pub(super) fn apply(request: RequestBuilder, auth: &RegistryAuth) -> RequestBuilder {
+pub(super) fn apply(request: RequestBuilder, auth: &Authorization) -> RequestBuilder {
     match auth {
-        RegistryAuth::Anonymous => request,
-        RegistryAuth::Basic(user, password) => request.basic_auth(user, Some(password)),
-        RegistryAuth::Bearer(token) => request.bearer_auth(token),
+        Authorization::Anonymous => request,
+        Authorization::Basic(user, password) => request.basic_auth(user, Some(password)),
+        Authorization::Bearer(token) => request.bearer_auth(token),
     }
 }
 
 /// What to show at the start, before the registry has asked.
-pub(super) fn initial(credentials: &Credentials) -> RegistryAuth {
+pub(super) fn initial(credentials: &Credentials) -> Authorization {
     match credentials {
-        Credentials::Token(token) => RegistryAuth::Bearer(token.clone()),
-        _ => RegistryAuth::Anonymous,
+        Credentials::Token(token) => Authorization::Bearer(token.clone()),
+        _ => Authorization::Anonymous,
     }
 }
 
@@ -109,7 +116,7 @@ pub(super) async fn answer(
     repository: &str,
     credentials: &Credentials,
     refusal: &Response,
-) -> Result<Option<RegistryAuth>, Error> {
+) -> Result<Option<Authorization>, Error> {
     if let Credentials::Token(_) = credentials {
         return Ok(None); // it has been shown already
     }
@@ -122,7 +129,7 @@ pub(super) async fn answer(
     }
     match (of_scheme("basic"), credentials) {
         (Some(_), Credentials::Password(user, password)) => {
-            Ok(Some(RegistryAuth::Basic(user.clone(), password.clone())))
+            Ok(Some(Authorization::Basic(user.clone(), password.clone())))
         }
         _ => Ok(None),
     }
@@ -140,7 +147,7 @@ async fn token(
     repository: &str,
     credentials: &Credentials,
     challenge: &ChallengeRef<'_>,
-) -> Result<RegistryAuth, Error> {
+) -> Result<Authorization, Error> {
     let param = |name: &str| {
         let found = challenge.params.iter().find(|(key, _)| key.eq_ignore_ascii_case(name));
         found.map(|(_, value)| value.to_unescaped())
@@ -187,7 +194,7 @@ async fn token(
     let bytes = body(endpoint, response, "answer of the token server", MAX_TOKEN).await?;
     let reply: Option<TokenReply> = serde_json::from_slice(&bytes).ok();
     let token = reply.and_then(|reply| reply.token.or(reply.access_token));
-    token.map(RegistryAuth::Bearer).ok_or_else(|| Error::Reply(realm, "an answer without a token".to_owned()))
+    token.map(Authorization::Bearer).ok_or_else(|| Error::Reply(realm, "an answer without a token".to_owned()))
 }
 
 #[cfg(test)]

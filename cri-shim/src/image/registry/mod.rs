@@ -1,29 +1,25 @@
 //! Registries: where an image may be had, and the OCI distribution protocol to get it.
 //!
-//! Owns mirrors, TLS, credentials and what can go wrong on the network. Blobs come by `oci-client`; manifests are asked for
-//! here, because that crate reads them whole whatever their size. Knows nothing of disks.
+//! Owns mirrors, TLS, credentials and what can go wrong on the network. All that a registry sends is limited in size and checked by
+//! digest. Knows nothing of disks.
 
 mod auth;
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use futures_util::StreamExt;
-use oci_client::RegistryOperation;
-use oci_client::client::{BlobResponse, Certificate, CertificateEncoding, ClientConfig, ClientProtocol};
-use oci_client::errors::{OciDistributionError, OciErrorCode};
-use oci_client::secrets::RegistryAuth;
-use oci_client::token_cache::{RegistryToken, RegistryTokenType};
-use reqwest::{Response, StatusCode};
+use reqwest::header::{ACCEPT, RANGE};
+use reqwest::{RequestBuilder, Response, StatusCode};
 use serde::{Deserialize, Serialize};
 
 pub use auth::Auth;
-use auth::Credentials;
+use auth::{Authorization, Credentials};
 
 use super::digest::{Check, Digest, Mismatch};
-use super::manifest::{self, ACCEPT, Descriptor, Document, MAX_MANIFEST, Manifest};
+use super::manifest::{self, Descriptor, Document, MANIFESTS, MAX_MANIFEST, Manifest};
 use super::reference::Reference;
 use super::spool::SpoolWriter;
 
@@ -31,6 +27,8 @@ use super::spool::SpoolWriter;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 /// How often a blob whose connection broke is taken up again where it ended.
 const MAX_RESUMES: u32 = 3;
+/// The wait before that, the first time; twice as long each time. A registry that starts anew is there again by then.
+const RESUME_WAIT: Duration = Duration::from_millis(500);
 /// Bytes written to the disk at once.
 const WRITE_CHUNK: usize = 256 << 10;
 const USER_AGENT: &str = concat!("pericarp/", env!("CARGO_PKG_VERSION"));
@@ -67,6 +65,11 @@ pub enum Error {
     /// A connection that broke, also when taken up again.
     #[error("the connection to {0} broke: check the network and pull again")]
     Broken(String, #[source] Box<dyn std::error::Error + Send + Sync>),
+    /// HTTP status 429.
+    #[error(
+        "{0} lets no more pulls through for now: wait, or pull with the credentials of an account that may have more"
+    )]
+    RateLimited(String),
     /// An HTTP status that says that the registry has a problem.
     #[error("{0} answers with status {1}: the registry is busy or broken, pull again later")]
     Status(String, u16),
@@ -178,8 +181,8 @@ pub(crate) struct Session {
     repository: String,
     credentials: Credentials,
     http: reqwest::Client,
-    oci: oci_client::Client,
-    auth: RegistryAuth,
+    /// What was last agreed on; several downloads show it.
+    authorization: Mutex<Authorization>,
 }
 
 /// Where a blob goes.
@@ -248,46 +251,47 @@ impl RegistryConfig {
     }
 
     fn open(&self, endpoint: Endpoint, reference: &Reference, auth: Option<&Auth>) -> Result<Session, Error> {
-        // Both HTTP clients find it there; a second call only says that it is there already.
+        // The HTTP client finds it there; a second call only says that it is there already.
         let _already = rustls::crypto::ring::default_provider().install_default();
         let key = if endpoint.original { &endpoint.named } else { &endpoint.host };
         let ca_file = self.hosts.get(key).and_then(|host| host.ca_file.as_ref());
-        let ca = |path: &PathBuf| std::fs::read(path).map_err(|error| Error::Ca(path.clone(), error.into()));
-        let ca_pem = ca_file.map(ca).transpose()?;
-        let bad_ca =
-            |error: Box<dyn std::error::Error + Send + Sync>| Error::Ca(ca_file.cloned().unwrap_or_default(), error);
-        let mut http = reqwest::Client::builder()
-            .user_agent(USER_AGENT)
-            .connect_timeout(CONNECT_TIMEOUT)
-            .read_timeout(endpoint.stall);
-        if let Some(pem) = &ca_pem {
-            let certificates = reqwest::Certificate::from_pem_bundle(pem).map_err(|error| bad_ca(error.into()))?;
-            http = http.tls_certs_merge(certificates);
-        }
+        let certificates = ca_file.map(authorities).transpose()?.unwrap_or_default();
+        let http = || {
+            reqwest::Client::builder()
+                .user_agent(USER_AGENT)
+                .connect_timeout(CONNECT_TIMEOUT)
+                .read_timeout(endpoint.stall)
+        };
+        let client = match http().tls_certs_merge(certificates).build() {
+            // A host that trusts nobody can still speak without TLS.
+            Err(_) if endpoint.plain_http => http().tls_certs_only([]).build(),
+            other => other,
+        };
         let credentials = auth.map_or(Ok(Credentials::None), |auth| auth.credentials(&endpoint))?;
-        let certificate = |data| Certificate { encoding: CertificateEncoding::Pem, data };
-        let oci = oci_client::Client::try_from(ClientConfig {
-            protocol: if endpoint.plain_http { ClientProtocol::Http } else { ClientProtocol::Https },
-            extra_root_certificates: ca_pem.map(certificate).into_iter().collect(),
-            read_timeout: Some(endpoint.stall),
-            connect_timeout: Some(CONNECT_TIMEOUT),
-            user_agent: USER_AGENT,
-            ..ClientConfig::default()
-        });
         Ok(Session {
             name: reference.to_string(),
             repository: format!("{}{}", endpoint.prefix, reference.repository()),
-            auth: auth::initial(&credentials),
+            authorization: Mutex::new(auth::initial(&credentials)),
             credentials,
-            http: http.build().map_err(|error| Error::Client(error.into()))?,
-            oci: oci.map_err(|error| Error::Client(error.into()))?,
+            http: client.map_err(|error| Error::Client(error.into()))?,
             endpoint,
         })
     }
 }
 
+/// The certificates of a PEM file.
+fn authorities(path: &PathBuf) -> Result<Vec<reqwest::Certificate>, Error> {
+    let pem = std::fs::read(path).map_err(|error| Error::Ca(path.clone(), error.into()))?;
+    let certificates = reqwest::Certificate::from_pem_bundle(&pem).map_err(|error| error.to_string());
+    match certificates {
+        Ok(certificates) if certificates.is_empty() => Err(Error::Ca(path.clone(), "it holds none".into())),
+        Ok(certificates) => Ok(certificates),
+        Err(error) => Err(Error::Ca(path.clone(), error.into())),
+    }
+}
+
 impl Session {
-    async fn find(mut self, version: &str) -> Result<Found, Error> {
+    async fn find(self, version: &str) -> Result<Found, Error> {
         let name = self.name.clone();
         let unusable = |error| Error::Manifest(name.clone(), error);
         let (bytes, digest) = self.manifest(version).await?;
@@ -305,8 +309,8 @@ impl Session {
     }
 
     /// A manifest by tag or digest, checked against the digest asked for or announced.
-    async fn manifest(&mut self, version: &str) -> Result<(Vec<u8>, Digest), Error> {
-        let response = self.get_manifest(version).await?;
+    pub(crate) async fn manifest(&self, version: &str) -> Result<(Vec<u8>, Digest), Error> {
+        let response = self.ask(&format!("manifests/{version}"), MANIFESTS).await?;
         let announced = response.headers().get("docker-content-digest").and_then(|value| value.to_str().ok());
         let announced = announced.and_then(|text| Digest::try_from(text.to_owned()).ok());
         let asked = Digest::try_from(version.to_owned()).ok();
@@ -320,24 +324,40 @@ impl Session {
         Ok((bytes, digest))
     }
 
-    /// Asks, and shows credentials if the registry wants to see some.
-    async fn get_manifest(&mut self, version: &str) -> Result<Response, Error> {
-        let url = format!("{}v2/{}/manifests/{version}", self.root(), self.repository);
+    /// What the registry says of the things that refer to a manifest (distribution-spec, "Listing Referrers"); an index.
+    pub(crate) async fn referrers(&self, digest: &Digest) -> Result<Vec<u8>, Error> {
+        let response = self.ask(&format!("referrers/{digest}"), MANIFESTS).await?;
+        body(&self.endpoint, response, "list of referrers", MAX_MANIFEST).await
+    }
+
+    /// Asks for something of the repository, and shows credentials if the registry wants to see some.
+    async fn ask(&self, what: &str, accept: &str) -> Result<Response, Error> {
+        let url = format!("{}v2/{}/{what}", self.root(), self.repository);
         let mut answered = false;
         loop {
-            let request = auth::apply(self.http.get(&url).header("accept", ACCEPT), &self.auth);
-            let response = request.send().await.map_err(|error| self.endpoint.error(error))?;
+            let response = self.send(self.http.get(&url).header(ACCEPT, accept)).await?;
             let status = response.status();
-            if status == StatusCode::UNAUTHORIZED && !answered {
+            if status == StatusCode::UNAUTHORIZED && !answered && self.authorize(&response).await? {
                 answered = true;
-                let answer = auth::answer(&self.http, &self.endpoint, &self.repository, &self.credentials, &response);
-                if let Some(auth) = answer.await? {
-                    self.auth = auth;
-                    continue;
-                }
+                continue;
             }
             return if status == StatusCode::OK { Ok(response) } else { Err(self.refusal(status.as_u16())) };
         }
+    }
+
+    async fn send(&self, request: RequestBuilder) -> Result<Response, Error> {
+        let authorization = self.authorization.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        auth::apply(request, &authorization).send().await.map_err(|error| self.endpoint.error(error))
+    }
+
+    /// Gets what a registry that has refused wants to see; whether there is anything to show.
+    async fn authorize(&self, refusal: &Response) -> Result<bool, Error> {
+        let answer = auth::answer(&self.http, &self.endpoint, &self.repository, &self.credentials, refusal).await?;
+        let shown = answer.is_some();
+        if let Some(authorization) = answer {
+            *self.authorization.lock().unwrap_or_else(PoisonError::into_inner) = authorization;
+        }
+        Ok(shown)
     }
 
     fn root(&self) -> String {
@@ -350,6 +370,7 @@ impl Session {
         match status {
             401 | 403 => Error::Denied { name, at },
             404 => Error::NotFound { name, at },
+            429 => Error::RateLimited(at),
             _ => Error::Status(at, status),
         }
     }
@@ -358,108 +379,81 @@ impl Session {
     pub(crate) async fn blob(&self, what: &str, descriptor: &Descriptor, mut sink: Sink<'_>) -> Result<(), Error> {
         let mismatch = |error| Error::Mismatch(format!("{what} {}", descriptor.digest), error);
         let mut check = Check::new(descriptor.digest.clone(), Some(descriptor.size));
-        let (mut resumes, mut renewed) = (0_u32, false);
+        let (mut resumes, mut wait) = (0_u32, RESUME_WAIT);
         while check.len() < descriptor.size {
-            let before = check.len();
             match self.part(descriptor, &mut check, &mut sink).await {
                 Ok(()) => break,
-                // A token may have run out since the manifest.
-                Err(PartError::Other(Error::Denied { .. })) if !renewed => {
-                    renewed = true;
-                    self.renew(descriptor).await?;
-                }
                 Err(PartError::Mismatch(error)) => return Err(mismatch(error)),
-                Err(PartError::Broken(error)) if resumes >= MAX_RESUMES || check.len() == before => return Err(error),
-                Err(PartError::Broken(_)) => resumes = resumes.saturating_add(1),
+                Err(PartError::Broken(error)) if resumes >= MAX_RESUMES => return Err(error),
+                Err(PartError::Broken(error)) => {
+                    tracing::info!(image = self.name, digest = %descriptor.digest, %error, "taken up again");
+                    resumes = resumes.saturating_add(1);
+                    tokio::time::sleep(wait).await;
+                    wait = wait.saturating_mul(2);
+                }
                 Err(PartError::Other(error)) => return Err(error),
             }
         }
         check.finish().map_err(mismatch)
     }
 
-    /// Gets a new token for blobs.
-    async fn renew(&self, descriptor: &Descriptor) -> Result<(), Error> {
+    /// An answer that holds a blob from byte `from` on.
+    async fn open_blob(&self, descriptor: &Descriptor, from: u64) -> Result<Response, PartError> {
         let url = format!("{}v2/{}/blobs/{}", self.root(), self.repository, descriptor.digest);
-        let refusal = self.http.head(url).send().await.map_err(|error| self.endpoint.error(error))?;
-        match auth::answer(&self.http, &self.endpoint, &self.repository, &self.credentials, &refusal).await? {
-            Some(RegistryAuth::Bearer(token)) => {
-                let token = RegistryTokenType::Bearer(RegistryToken::Token { token });
-                self.oci.tokens.insert(&self.blob_reference(descriptor), RegistryOperation::Pull, token).await;
-                Ok(())
+        let mut renewed = false;
+        loop {
+            let mut request = self.http.get(&url);
+            if from > 0 {
+                request = request.header(RANGE, format!("bytes={from}-"));
             }
-            _ => Err(self.refusal(StatusCode::UNAUTHORIZED.as_u16())),
+            let response = self.send(request).await.map_err(PartError::of_connection)?;
+            match response.status() {
+                StatusCode::OK if from == 0 => return Ok(response),
+                StatusCode::PARTIAL_CONTENT if from > 0 => return Ok(response),
+                // The registry knows no ranges and starts anew, which a blob already begun cannot.
+                StatusCode::OK => {
+                    let error = "the registry cannot continue a transfer".into();
+                    return Err(PartError::Other(Error::Broken(self.endpoint.to_string(), error)));
+                }
+                // A token may have run out since the manifest.
+                StatusCode::UNAUTHORIZED
+                    if !renewed && self.authorize(&response).await.map_err(PartError::Other)? =>
+                {
+                    renewed = true;
+                }
+                status if status.is_server_error() => {
+                    return Err(PartError::Broken(self.refusal(status.as_u16())));
+                }
+                status => return Err(PartError::Other(self.refusal(status.as_u16()))),
+            }
         }
-    }
-
-    fn blob_reference(&self, descriptor: &Descriptor) -> oci_client::Reference {
-        let digest = descriptor.digest.to_string();
-        oci_client::Reference::with_digest(self.endpoint.host.clone(), self.repository.clone(), digest)
     }
 
     /// One connection's worth of a blob.
     async fn part(&self, descriptor: &Descriptor, check: &mut Check, sink: &mut Sink<'_>) -> Result<(), PartError> {
-        let reference = self.blob_reference(descriptor);
-        self.oci.store_auth_if_needed(reference.resolve_registry(), &self.auth).await;
-        let digest = descriptor.digest.as_str();
-        let response = self.oci.pull_blob_stream_partial(&reference, digest, check.len(), None).await;
-        let mut stream = match response.map_err(|error| self.blob_error(error))? {
-            BlobResponse::Partial(stream) => stream,
-            // The registry knows no ranges and starts anew, which a blob already begun cannot.
-            BlobResponse::Full(_) if check.len() > 0 => {
-                let error = "the registry cannot continue a transfer".into();
-                return Err(PartError::Other(Error::Broken(self.endpoint.to_string(), error)));
-            }
-            BlobResponse::Full(stream) => stream,
-        };
+        let mut response = self.open_blob(descriptor, check.len()).await?;
         let mut pending = Vec::with_capacity(WRITE_CHUNK);
-        let mut broken = None;
-        while let Some(chunk) = stream.next().await {
-            match chunk {
-                Ok(bytes) => {
+        let broken = loop {
+            match response.chunk().await {
+                Ok(Some(bytes)) => {
                     check.update(&bytes).map_err(PartError::Mismatch)?;
                     sink.progress(bytes.len());
                     pending.extend_from_slice(&bytes);
                 }
-                Err(error) => {
-                    broken = Some(error);
-                    break;
-                }
+                Ok(None) => break None,
+                Err(error) => break Some(error),
             }
             if pending.len() >= WRITE_CHUNK {
                 sink.write(&pending).await?;
                 pending.clear();
             }
-        }
+        };
         sink.write(&pending).await?;
         match broken {
-            // All is there: whatever oci-client found, the digest decides.
+            // All is there: the digest decides.
             Some(_) if check.len() == descriptor.size => Ok(()),
-            Some(error) => Err(self.stream_error(error)),
+            Some(error) => Err(PartError::of_connection(self.endpoint.error(error))),
             None => Ok(()),
-        }
-    }
-
-    fn stream_error(&self, error: std::io::Error) -> PartError {
-        let at = self.endpoint.to_string();
-        let source = error.get_ref().and_then(|source| source.downcast_ref::<reqwest::Error>());
-        if source.is_some_and(reqwest::Error::is_timeout) {
-            return PartError::Other(Error::Stalled(at, self.endpoint.stall.as_secs()));
-        }
-        PartError::Broken(Error::Broken(at, error.into()))
-    }
-
-    fn blob_error(&self, error: OciDistributionError) -> PartError {
-        let code = |envelope: &oci_client::errors::OciEnvelope| match envelope.errors.first().map(|error| &error.code) {
-            Some(OciErrorCode::Denied | OciErrorCode::Unauthorized) => 403,
-            Some(OciErrorCode::Toomanyrequests) => 429,
-            _ => 404,
-        };
-        match error {
-            OciDistributionError::RequestError(error) => PartError::Broken(self.endpoint.error(error)),
-            OciDistributionError::UnauthorizedError { .. } => PartError::Other(self.refusal(401)),
-            OciDistributionError::RegistryError { envelope, .. } => PartError::Other(self.refusal(code(&envelope))),
-            OciDistributionError::ServerError { code, .. } => PartError::Other(self.refusal(code)),
-            other => PartError::Other(Error::Broken(self.endpoint.to_string(), other.into())),
         }
     }
 }
@@ -470,6 +464,13 @@ enum PartError {
     /// Worth another try.
     Broken(Error),
     Other(Error),
+}
+
+impl PartError {
+    /// A registry that has been silent for long enough is given up.
+    fn of_connection(error: Error) -> Self {
+        if matches!(error, Error::Stalled(..)) { Self::Other(error) } else { Self::Broken(error) }
+    }
 }
 
 impl Sink<'_> {
