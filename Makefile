@@ -11,7 +11,7 @@ STATIC_BIN := target/$(TARGET)/release
 ROOT := target/root
 LAB := tests/lab/lab
 
-.PHONY: demo test test-all test-host test-lab lab-a lab-b fuzz-smoke conformance bench build install lint setup programs static-programs kernel initrd clean
+.PHONY: demo test test-all test-host test-lab lab-conformance lab-a lab-b fuzz-smoke conformance bench build install lint setup programs static-programs kernel initrd clean
 
 ## What is built
 
@@ -58,7 +58,8 @@ test: lint test-host test-lab
 # What takes longer.
 test-all: test
 	tests/lab/selftest
-	$(call in_lab,pericarp-tests,$(LAB_TESTS_SLOW))
+	tests/lab/previous >/dev/null
+	PERICARP_KILL_ROUNDS=20 PERICARP_BULK=whole $(call in_lab,pericarp-tests,$(LAB_TESTS_SLOW))
 
 lint:
 	cargo fmt --all --check
@@ -71,10 +72,10 @@ test-host: setup
 	cargo test --locked -p pericarp-init --bins
 	cargo test --locked -p pericarp-tests --test architecture
 
-# Two labs side by side use both cores.
-LAB_TESTS_A := pod cli kill volumes
-LAB_TESTS_B := bad_input streaming at_once calls observe
-LAB_TESTS_SLOW := in_turn
+# Two labs side by side use both cores; the longest comes first.
+LAB_TESTS_A := pod cli kill volumes block
+LAB_TESTS_B := bad_input streaming at_once calls observe bulk kill_points
+LAB_TESTS_SLOW := in_turn kill_points bulk upgrade
 
 # $(call in_lab,PACKAGE,TESTS): cargo runs each test binary through the lab.
 in_lab = CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='$(CURDIR)/$(LAB) --timeout 2400 --' cargo test --locked -p $(1) \
@@ -84,9 +85,14 @@ IN_GUEST := PERICARP_VMM=$(LIB)/pericarp-vmm PERICARP_KERNEL=$(LIB)/vmlinux PERI
 
 test-lab: $(ROOT)
 	tests/lab/images >/dev/null
-	tests/lab/go-tools crictl >/dev/null
+	tests/lab/go-tools crictl critest ginkgo >/dev/null
 	cargo test --locked -p pericarp-tests -p pericarp-init --no-run
-	$(MAKE) --no-print-directory --keep-going --jobs 2 lab-a lab-b
+	cargo build --locked -p cri-shim --features kill-points --bin pericarpd
+	install -Dt target/kill-points target/debug/pericarpd
+	$(MAKE) --no-print-directory --keep-going --jobs 2 lab-conformance lab-a lab-b
+
+lab-conformance:
+	tests/conformance/run
 
 lab-a:
 	$(call in_lab,pericarp-tests,$(LAB_TESTS_A))

@@ -10,6 +10,7 @@ pub mod cri;
 mod defaults;
 pub mod error;
 pub mod image;
+mod kill_point;
 pub mod metrics;
 pub mod network;
 pub mod pod;

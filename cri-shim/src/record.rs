@@ -131,8 +131,21 @@ pub(crate) struct DiskRecord {
     pub sectors: u64,
     /// The file behind it.
     pub file: PathBuf,
-    /// The image it belongs to; `None` is the scratch space.
+    /// The image it belongs to; `None` is the scratch space or a volume.
     pub image: Option<String>,
+    /// What containers may do with it, if it is a block device of the host that they have as such.
+    #[serde(default)]
+    pub volume: Option<Access>,
+}
+
+/// Of a volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Access {
+    /// Its device is not opened for writing.
+    ReadOnly,
+    /// Everything.
+    ReadWrite,
 }
 
 /// A container.
@@ -149,6 +162,9 @@ pub(crate) struct ContainerRecord {
     /// Numbers of the shared directories that it mounts, by their place in the container.
     #[serde(default)]
     pub shares: BTreeMap<String, u32>,
+    /// First sectors of the volumes that it has as block devices, by their place in the container.
+    #[serde(default)]
+    pub volumes: BTreeMap<String, u64>,
     /// Who its first process runs as, once the agent has said so.
     #[serde(default)]
     pub user: Option<ContainerUser>,
@@ -223,11 +239,11 @@ impl Record {
         Ok(serde_json::from_slice(&bytes)?)
     }
 
-    /// A place for `bytes` more on the pod disk, as first sector and count, both fit for an extent.
+    /// A place for `bytes` more on the pod disk, as first sector and count.
     pub(crate) fn free_extent(&self, bytes: u64) -> Option<(u64, u64)> {
         let end = self.disks.iter().map(|disk| disk.first_sector.saturating_add(disk.sectors)).max().unwrap_or(0);
         let first = end.checked_next_multiple_of(EXTENT_ALIGN)?;
-        let sectors = bytes.div_ceil(vmm_control::SECTOR_BYTES).checked_next_multiple_of(8)?;
+        let sectors = bytes.div_ceil(vmm_control::SECTOR_BYTES);
         let capacity = vmm_control::POD_DISK_BYTES / vmm_control::SECTOR_BYTES;
         (sectors > 0 && first.checked_add(sectors)? <= capacity).then_some((first, sectors))
     }
@@ -269,6 +285,7 @@ pub(crate) mod tests {
                     image_id: "sha256:0".into(),
                     log: Some(LogRecord { port: 2000, path: "/log".into() }),
                     shares: BTreeMap::from([("/data".into(), 4)]),
+                    volumes: BTreeMap::from([("/dev/data".into(), 2048)]),
                     user: Some(ContainerUser { uid: 1, gid: 2, groups: vec![3] }),
                     life: Life::Running { started_at_ns: 3 },
                 },
@@ -314,10 +331,10 @@ pub(crate) mod tests {
         let mut last_end = 0;
         for bytes in [10 << 30, 1, 4096, 5000, 3 << 20] {
             let (first_sector, sectors) = record.free_extent(bytes).expect("there is room");
-            assert!(first_sector >= last_end && first_sector % EXTENT_ALIGN == 0 && sectors % 8 == 0);
+            assert!(first_sector >= last_end && first_sector % EXTENT_ALIGN == 0);
             assert!(sectors * 512 >= bytes && sectors * 512 < bytes + 4096);
             last_end = first_sector + sectors;
-            record.disks.push(DiskRecord { first_sector, sectors, file: "/x".into(), image: None });
+            record.disks.push(DiskRecord { first_sector, sectors, file: "/x".into(), image: None, volume: None });
         }
         assert_eq!(record.free_extent(0), None);
         assert_eq!(record.free_extent(vmm_control::POD_DISK_BYTES), None);

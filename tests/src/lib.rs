@@ -13,7 +13,7 @@ pub use client::Client;
 pub use front::{Fault, Front};
 pub use inventory::Inventory;
 pub use late::status_of;
-pub use node::{Call, Node, Settings, wait_until};
+pub use node::{Call, Node, Settings, resident_kib, wait_until};
 pub use terminal::Terminal;
 
 /// The images that `tests/lab/images` makes, by the names under which tests pull them.

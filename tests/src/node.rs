@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -11,6 +12,9 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use crate::Inventory;
+
+/// The installed tree, from this crate.
+const ROOT: &str = "../target/root";
 
 /// Longest wait for anything that is bound to happen, in the lab.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -25,6 +29,13 @@ pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
         assert!(Instant::now() < deadline, "waited {} s in vain for: {what}", PATIENCE.as_secs());
         std::thread::sleep(LOOK_AGAIN);
     }
+}
+
+/// Memory of a process, in KiB (proc(5), `VmRSS`).
+pub fn resident_kib(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("the process runs");
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("a process has a size");
+    line.split_whitespace().nth(1).and_then(|word| word.parse().ok()).expect("a number of KiB")
 }
 
 /// How a program ended and what it said.
@@ -108,6 +119,23 @@ impl Node {
 
     /// As [`Node::start`], with settings of the test's own.
     pub fn start_with(settings: &Settings) -> Self {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join(ROOT);
+        Self::start_from(root.canonicalize().expect("`make test-lab` has filled target/root"), settings)
+    }
+
+    /// As [`Node::start`], of an earlier release.
+    pub fn start_previous() -> Self {
+        let root = run(&mut Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("lab/previous"))).ok();
+        Self::start_from(root.into(), &Settings::default())
+    }
+
+    /// From the next start of the daemon on, this is the current release.
+    pub fn upgrade(&mut self) {
+        self.root = Path::new(env!("CARGO_MANIFEST_DIR")).join(ROOT).canonicalize().expect("target/root is filled");
+        self.configure(&Settings::default());
+    }
+
+    fn start_from(root: PathBuf, settings: &Settings) -> Self {
         assert!(std::env::var_os("LAB").is_some(), "this test needs the lab: run it by `make test-lab`");
         let here = Path::new(env!("CARGO_MANIFEST_DIR"));
         run(Command::new(here.join("lab/registry")).arg("start")).ok();
@@ -115,7 +143,6 @@ impl Node {
         let tools = tools.lines().last().expect("go-tools prints a directory").to_owned();
         let directory = PathBuf::from("/run/pericarp-test");
         fs::create_dir_all(directory.join("log")).expect("/run is writable");
-        let root = here.join("../target/root").canonicalize().expect("`make test-lab` has filled target/root");
         let crictl = Path::new(&tools).join("crictl");
         let mut node = Self { directory, daemon: None, crictl, root, image_dir: settings.image_dir.clone() };
         node.configure(settings);
@@ -182,9 +209,30 @@ impl Node {
 
     /// Starts the daemon and waits until it answers.
     pub fn start_daemon(&mut self) {
+        self.spawn_daemon(&mut Command::new(self.program("pericarpd")));
+    }
+
+    /// Starts a daemon that ends itself, as by SIGKILL, once it comes to `point`.
+    pub fn start_doomed_daemon(&mut self, point: &str) {
+        let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/kill-points/pericarpd");
+        self.spawn_daemon(Command::new(program).env("PERICARP_KILL_POINT", point));
+    }
+
+    /// Whether the daemon has been killed by SIGKILL; waits for it.
+    pub fn daemon_was_killed(&mut self) -> bool {
+        let mut daemon = self.daemon.take().expect("the daemon was started");
+        let mut ended = None;
+        wait_until("pericarpd to end", || {
+            ended = daemon.try_wait().expect("it is our child");
+            ended.is_some()
+        });
+        ended.and_then(|status| status.signal()) == Some(Signal::SIGKILL as i32)
+    }
+
+    fn spawn_daemon(&mut self, command: &mut Command) {
         let log = fs::File::options().append(true).create(true).open(self.directory.join("pericarpd.log"));
         let log = log.expect("the test's directory is writable");
-        let daemon = Command::new(self.program("pericarpd"))
+        let daemon = command
             .arg("--config")
             .arg(self.config())
             .stdin(Stdio::null())

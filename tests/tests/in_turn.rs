@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use pericarp_tests::{Client, Node};
+use pericarp_tests::{Client, Node, resident_kib};
 
 const IN_TURN: usize = 100;
 
@@ -11,12 +11,6 @@ const WARM_UP: usize = 5;
 
 /// Growth of the daemon that is put down to its allocator, over [`IN_TURN`] pods.
 const GROWTH_KIB: u64 = 4096;
-
-fn resident_kib(pid: u32) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("the daemon runs");
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("a process has a size");
-    line.split_whitespace().nth(1).and_then(|word| word.parse().ok()).expect("a number of KiB")
-}
 
 fn descriptors(pid: u32) -> usize {
     fs::read_dir(format!("/proc/{pid}/fd")).expect("the daemon runs").count()

@@ -10,6 +10,9 @@ use serde_json::json;
 /// How soon a dead VMM must show, with room for a `crictl` process in the lab.
 const NOTICED: Duration = Duration::from_secs(3);
 
+/// How soon one that hangs must show: a heartbeat that is not answered.
+const HANG_NOTICED: Duration = Duration::from_secs(30);
+
 fn assert_dead(node: &Node, pod: &str, container: &str, word: &str) {
     let since = Instant::now();
     wait_until("the pod to be NotReady", || node.inspect_pod(pod)["status"]["state"] == "SANDBOX_NOTREADY");
@@ -142,4 +145,31 @@ fn a_daemon_killed_during_calls_leaves_no_orphan() {
         }
         node.inventory().assert_same_as(&before);
     }
+}
+
+#[test]
+fn a_pod_that_hangs_is_not_ready_and_can_be_removed() {
+    let node = Node::start();
+    node.crictl(["pull", image::BUSYBOX]).ok();
+    let first = node.run_pod("first", &json!({}));
+    node.remove_pod(&first);
+    let before = node.inventory();
+    let pod = node.run_pod("hangs", &json!({}));
+    let container = node.run_container(&pod, "hangs", "c", image::BUSYBOX, &["sleep", "1000"]);
+    let vmm = node.vmm_pid(&pod);
+    let state = || node.inspect_pod(&pod)["status"]["state"].clone();
+    kill(vmm, Signal::SIGSTOP).expect("the VMM runs");
+    let since = Instant::now();
+    wait_until("the pod to be NotReady", || state() == "SANDBOX_NOTREADY");
+    assert!(since.elapsed() < HANG_NOTICED, "noticed after {:?}", since.elapsed());
+    let refused = node.crictl(["exec", "--sync", &container, "true"]).refused();
+    assert!(!refused.contains("panic"), "{refused}");
+    // It comes back, with all that it had.
+    kill(vmm, Signal::SIGCONT).expect("the VMM is there");
+    wait_until("the pod to be Ready again", || state() == "SANDBOX_READY");
+    assert_eq!(node.crictl(["exec", "--sync", &container, "echo", "back"]).ok(), "back");
+    kill(vmm, Signal::SIGSTOP).expect("the VMM runs");
+    wait_until("the pod to be NotReady", || state() == "SANDBOX_NOTREADY");
+    node.remove_pod(&pod);
+    node.inventory().assert_same_as(&before);
 }

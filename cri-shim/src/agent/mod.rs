@@ -23,7 +23,7 @@ pub(crate) use v1::reply::Result as Answer;
 pub(crate) use v1::request::Call;
 
 /// Between two pings.
-const PING_EVERY: Duration = Duration::from_secs(10);
+const PING_EVERY: Duration = Duration::from_secs(5);
 
 /// Pings without a word from the agent before it counts as silent.
 const PINGS_MISSED: u32 = 3;

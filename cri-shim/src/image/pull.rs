@@ -17,6 +17,7 @@ use super::signature::{self, Policy, Rule};
 use super::spool::{SpoolWriter, spool};
 use super::store::{Entry, Error, Image, MAX_TRIES, Store, is_full};
 use super::work::Work;
+use crate::kill_point::kill_point;
 
 /// Layers downloaded at once.
 const PARALLEL_LAYERS: usize = 3;
@@ -141,7 +142,9 @@ async fn run(
             Some(work) => Some(job.make(work, &configuration.diff_ids, &entry.chain).await?),
             None => None,
         };
+        kill_point("image.converted");
         if let Some(image) = store.commit(&entry, made).await? {
+            kill_point("image.stored");
             return Ok(image);
         }
     }

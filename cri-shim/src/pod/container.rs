@@ -1,16 +1,18 @@
 //! Operations on containers that run in their pod's turn.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use agent_protocol::v1;
-use vmm_control::{Command, Extent};
+use vmm_control::Command;
 
-use super::context::{blocking, chain};
+use super::context::blocking;
+use super::disks::images_of;
 use super::message;
 use super::owner::Owner;
 use super::status::ContainerUser;
@@ -18,9 +20,9 @@ use crate::agent::{Answer, Call};
 use crate::clock;
 use crate::control;
 use crate::error::{Error, IoContext, Result};
-use crate::image;
-use crate::record::{ContainerRecord, DiskRecord, Life, LogRecord};
-use crate::spec::{ContainerSpec, MountSource, Resources, Rootfs};
+use crate::kill_point::kill_point;
+use crate::record::{ContainerRecord, Life, LogRecord};
+use crate::spec::{ContainerSpec, Resources, Rootfs};
 
 /// Longest time for the agent to make a container: mounts and copies.
 const CREATE_LIMIT: Duration = Duration::from_secs(60);
@@ -53,9 +55,11 @@ impl Owner {
         let life = Life::Creating;
         let created_at_ns = clock::realtime_ns();
         let spec = Arc::new(spec);
-        let container = ContainerRecord { spec, created_at_ns, image_id, log, shares, user: None, life };
+        let container =
+            ContainerRecord { spec, created_at_ns, image_id, log, shares, volumes: BTreeMap::new(), user: None, life };
         self.record.containers.insert(id.clone(), container.clone());
-        let made = self.make_container(&id, &container).await;
+        let made = self.make_container(&id, container).await;
+        kill_point("container.made");
         match &made {
             Ok(user) => {
                 self.set_life(&id, Life::Created);
@@ -66,19 +70,25 @@ impl Owner {
             Err(_) => self.unmake_container(&id).await,
         }
         self.save()?;
+        kill_point("container.created");
         made.map(drop)
     }
 
-    async fn make_container(&mut self, id: &str, container: &ContainerRecord) -> Result<Option<ContainerUser>> {
+    async fn make_container(&mut self, id: &str, mut container: ContainerRecord) -> Result<Option<ContainerUser>> {
         self.save()?;
+        kill_point("container.recorded");
         for image in images_of(&container.spec) {
             self.map_image(image).await?;
         }
+        container.volumes = self.map_volumes(&container.spec).await?;
+        self.record.containers.insert(id.to_owned(), container.clone());
+        kill_point("container.mapped");
         if let Some(log) = &container.log {
             self.open_log(log).await?;
         }
-        self.make_shares(container).await?;
-        let (record, container, name) = (self.record.clone(), container.clone(), id.to_owned());
+        self.make_shares(&container).await?;
+        kill_point("container.shared");
+        let (record, name) = (self.record.clone(), id.to_owned());
         let create = blocking(move || message::create_container(&record, &name, &container)).await?;
         self.copies.sent(&create);
         match self.agent()?.ask(Call::CreateContainer(create), CREATE_LIMIT).await? {
@@ -96,44 +106,7 @@ impl Owner {
         }
         self.record.containers.remove(id);
         self.copies.forget(id);
-    }
-
-    /// Puts an image's disks where the guest can mount them, once per pod.
-    async fn map_image(&mut self, image: &str) -> Result<()> {
-        if self.record.disks.iter().any(|disk| disk.image.as_deref() == Some(image)) {
-            return Ok(());
-        }
-        let images = self.context.images.clone();
-        let name = image.to_owned();
-        let (paths, hold) = blocking(move || hold(&images, &name)).await?;
-        let before = self.record.disks.len();
-        for (path, file) in paths.into_iter().zip(&hold.disks) {
-            // The VMM's copy of the descriptor holds the image from then on.
-            if let Err(error) = self.map_disk(image, path, file).await {
-                self.unmap_since(before).await;
-                return Err(error);
-            }
-        }
-        Ok(())
-    }
-
-    async fn map_disk(&mut self, image: &str, path: PathBuf, file: &File) -> Result<()> {
-        let bytes = file.metadata().doing(|| format!("looking at {}", path.display()))?.len();
-        let (first_sector, sectors) = self
-            .record
-            .free_extent(bytes)
-            .ok_or_else(|| Error::ResourceExhausted("the pod's disk has no room for another image".into()))?;
-        self.record.disks.push(DiskRecord { first_sector, sectors, file: path, image: Some(image.into()) });
-        self.save()?;
-        let extent = Extent { first_sector, sectors, read_only: true, file: 0 };
-        control::run(&self.dir, &Command::AddDisk(extent), &[file.as_raw_fd()]).await
-    }
-
-    async fn unmap_since(&mut self, count: usize) {
-        for disk in self.record.disks.split_off(count) {
-            // The last one may not have been mapped.
-            let _ = control::run(&self.dir, &Command::RemoveDisk { first_sector: disk.first_sector }, &[]).await;
-        }
+        self.unmap_volumes().await;
     }
 
     /// Where a container's log goes; its directory is the caller's to make.
@@ -167,6 +140,7 @@ impl Owner {
         let started_at_ns = clock::realtime_ns();
         let call = Call::StartContainer(v1::StartContainer { id: id.into() });
         let started = self.agent()?.tell(call, CALL_LIMIT).await;
+        kill_point("container.started");
         let life = match &started {
             Ok(()) => Life::Running { started_at_ns },
             Err(error) => Life::Exited {
@@ -179,6 +153,7 @@ impl Owner {
         };
         self.set_life(id, life);
         self.save()?;
+        kill_point("container.running");
         started
     }
 
@@ -201,8 +176,10 @@ impl Owner {
             return Ok(());
         }
         self.remove_from_guest(id).await?;
+        kill_point("container.removed");
         self.record.containers.remove(id);
         self.copies.forget(id);
+        self.unmap_volumes().await;
         self.save()
     }
 
@@ -276,22 +253,4 @@ impl Owner {
             container.life = life;
         }
     }
-}
-
-/// Ids of the images that a container's files come from.
-pub(super) fn images_of(spec: &ContainerSpec) -> Vec<&str> {
-    let Rootfs::Image(root) = &spec.rootfs;
-    let mounted = spec.mounts.iter().filter_map(|mount| match &mount.source {
-        MountSource::Image(image) => Some(image.as_str()),
-        _ => None,
-    });
-    std::iter::once(root.as_str()).chain(mounted).collect()
-}
-
-/// An image's disks, kept from being removed while the hold or a copy of its descriptors lives.
-fn hold(images: &image::Store, id: &str) -> Result<(Vec<PathBuf>, image::Hold)> {
-    let missing = || Error::NotFound(format!("image {id} is not here: pull it first"));
-    let found = images.resolve(id).ok_or_else(missing)?;
-    let hold = images.hold(&found.id).map_err(|error| Error::Internal(chain(&error)))?;
-    Ok((found.disks, hold.ok_or_else(missing)?))
 }

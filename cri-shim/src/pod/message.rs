@@ -112,7 +112,7 @@ pub(super) fn create_container(record: &Record, id: &str, container: &ContainerR
         pid_target,
         masked_paths: spec.masked_paths.clone(),
         readonly_paths: spec.readonly_paths.clone(),
-        devices: spec.devices.iter().map(device).collect(),
+        devices: spec.devices.iter().map(|asked| device(record, container, asked)).collect(),
         privileged: spec.privileged,
     })
 }
@@ -157,11 +157,14 @@ fn rlimit((name, soft, hard): &(String, u64, u64)) -> v1::Rlimit {
     v1::Rlimit { name: name.clone(), soft: *soft, hard: *hard }
 }
 
-fn device(device: &crate::spec::DeviceSpec) -> v1::Device {
+fn device(record: &Record, container: &ContainerRecord, device: &crate::spec::DeviceSpec) -> v1::Device {
+    let first_sector = container.volumes.get(&device.container_path);
+    let volume = record.disks.iter().find(|disk| Some(&disk.first_sector) == first_sector);
     v1::Device {
         path: device.container_path.clone(),
         guest_path: device.host_path.clone(),
         access: device.permissions.clone(),
+        disk: volume.map(range),
     }
 }
 

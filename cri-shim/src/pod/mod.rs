@@ -7,6 +7,7 @@ mod config;
 mod container;
 mod context;
 mod copies;
+mod disks;
 mod events;
 mod exec;
 mod files;

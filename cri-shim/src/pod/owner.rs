@@ -24,6 +24,7 @@ use super::{ContainerState, ContainerStatus, PodDir, PodDisk, PodState, PodStatu
 use crate::agent::{Agent, Call, Notice};
 use crate::clock;
 use crate::error::{Error, IoContext, Result};
+use crate::kill_point::kill_point;
 use crate::record::{ContainerRecord, Life, Phase, Record};
 use crate::spec::NetworkSource;
 use crate::undo::Undo;
@@ -36,7 +37,7 @@ const POWER_OFF_LIMIT: Duration = Duration::from_secs(10);
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 
 /// Exit code of a container whose end nobody saw: that of SIGKILL.
-const KILLED_CODE: i32 = 128 + libc::SIGKILL;
+pub(super) const KILLED_CODE: i32 = 128 + libc::SIGKILL;
 
 /// Reason of a container whose VM ended under it.
 const VM_EXITED: &str = "PodVMExited";
@@ -252,7 +253,9 @@ impl Owner {
             return Ok(());
         }
         self.power_off().await?;
+        kill_point("pod.off");
         self.context.release(&self.record).run().await?;
+        kill_point("pod.released");
         let message = match &self.record.phase {
             Phase::Ended { message } => message.clone(),
             _ => String::new(),
@@ -296,7 +299,9 @@ impl Owner {
         self.stop().await?;
         self.record.phase = Phase::Removing;
         self.save()?;
+        kill_point("pod.removing");
         self.context.forget(&self.record).await?;
+        kill_point("pod.removed");
         self.removed = true;
         self.context.events.tell_one(self.record.id.clone(), EventKind::Deleted, &self.status.borrow());
         Ok(())
@@ -304,7 +309,7 @@ impl Owner {
 }
 
 /// Marks a container as ended, unless it already is.
-fn end(container: &mut ContainerRecord, finished_at_ns: i64, code: i32, reason: &str, message: String) {
+pub(super) fn end(container: &mut ContainerRecord, finished_at_ns: i64, code: i32, reason: &str, message: String) {
     let started_at_ns = match container.life {
         Life::Running { started_at_ns } => started_at_ns,
         Life::Creating | Life::Created => 0,

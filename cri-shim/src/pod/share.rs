@@ -19,6 +19,7 @@ use super::{PodDir, files};
 use crate::cgroup;
 use crate::control;
 use crate::error::{Error, IoContext, Result};
+use crate::kill_point::kill_point;
 use crate::process::{self, ProcessRecord};
 use crate::record::{ContainerRecord, FileServerRecord};
 use crate::spawner::{Kind, Program};
@@ -126,6 +127,7 @@ impl Owner {
         let program = program(self, theirs)?;
         // It lives in the pod's cgroup, and ends by itself once the socket's other end is closed.
         let child = self.context.spawner.spawn(program).await.map_err(|error| error.context("pericarp-fs"))?;
+        kill_point("container.file_server");
         let start_time = process::start_time(child.pid).unwrap_or(0);
         let process = ProcessRecord { pid: child.pid, start_time };
         self.record.file_server = Some(FileServerRecord { process, tag: tag.clone() });

@@ -22,6 +22,7 @@ use crate::cgroup;
 use crate::clock;
 use crate::control;
 use crate::error::{Error, IoContext, Result};
+use crate::kill_point::kill_point;
 use crate::network::{Attachment, Netns};
 use crate::random;
 use crate::record::{DiskRecord, Phase, RECORD_VERSION, Record};
@@ -75,7 +76,7 @@ fn plan(context: &Context, id: String, spec: PodSpec) -> Result<Record> {
     let size = size(&spec, config, context.host)?;
     let cgroup = cgroup::leaf(&spec.cgroup_parent, &config.cgroup_parent, &id)?;
     let sectors = config.scratch_bytes / PAGE_BYTES * (PAGE_BYTES / SECTOR_BYTES);
-    let scratch = DiskRecord { first_sector: 0, sectors, file: config.scratch_file(&id), image: None };
+    let scratch = DiskRecord { first_sector: 0, sectors, file: config.scratch_file(&id), image: None, volume: None };
     Ok(Record {
         version: RECORD_VERSION,
         id,
@@ -106,9 +107,11 @@ async fn make(context: &Arc<Context>, mut record: Record) -> Result<Owner> {
     let dir = context.config.pod_dir(&record.id);
     fs::DirBuilder::new().mode(0o700).create(dir.path()).doing(|| format!("creating {}", dir.path().display()))?;
     write(&record, &dir)?;
+    kill_point("pod.recorded");
     let (shared, planned) = (Arc::clone(context), record.clone());
     let ground = blocking(move || prepare(&shared, &planned)).await?;
     record.moments.push(moment("prepared"));
+    kill_point("pod.prepared");
     let Ground { netns, tap, cgroup, scratch } = ground;
     record.netns = netns.as_ref().map(|netns| netns.path().to_owned());
     let scratch = (scratch, record.disks.first().map_or(0, |disk| disk.sectors));
@@ -116,7 +119,9 @@ async fn make(context: &Arc<Context>, mut record: Record) -> Result<Owner> {
     let vmm = Vmm::launch(&context.spawner, &context.config, launch).await?;
     record.vmm = Some(vmm.id());
     record.moments.push(moment("spawned"));
+    kill_point("pod.spawned");
     write(&record, &dir)?;
+    kill_point("pod.booting");
     let together = boot_and_attach(context, &record, &vmm, &dir, netns.as_ref()).await;
     let (booted, attachment) = match together {
         Err(Failure::VmEnded) => {
@@ -126,6 +131,7 @@ async fn make(context: &Arc<Context>, mut record: Record) -> Result<Owner> {
         Err(Failure::Other(error)) => return Err(error),
         Ok(both) => both,
     };
+    kill_point("pod.booted");
     let Booted { agent, kernel, notices, moments } = booted;
     record.guest_kernel = kernel;
     record.moments.extend(moments);
@@ -133,9 +139,11 @@ async fn make(context: &Arc<Context>, mut record: Record) -> Result<Owner> {
     record.attachment = Some(attachment);
     agent.tell(Call::Configure(configure), CONFIGURE_LIMIT).await.map_err(|error| error.context("the guest"))?;
     record.moments.push(moment("configured"));
+    kill_point("pod.configured");
     record.phase = Phase::Running;
     let owner = Owner::new(Arc::clone(context), record, Some(Machine { vmm, agent, notices }));
     owner.save()?;
+    kill_point("pod.running");
     Ok(owner)
 }
 
@@ -220,6 +228,7 @@ async fn attach(context: &Context, record: &Record, netns: Option<&Netns>) -> Re
         (Some(netns), _) => context.network.adopt(netns).await?,
         (None, _) => Attachment::default(),
     };
+    kill_point("pod.attached");
     Ok((attachment, moment("network_attached")))
 }
 

@@ -10,14 +10,12 @@ use std::time::Duration;
 
 use agent_protocol::v1;
 use tokio::task::JoinSet;
-use vmm_control::Command;
 
-use super::container::images_of;
 use super::context::Context;
-use super::owner::{Machine, Owner, remove_directory, remove_file, vm_lost};
+use super::owner::{KILLED_CODE, Machine, Owner, end, remove_directory, remove_file, vm_lost};
 use crate::agent::{Agent, Answer, Call};
 use crate::cgroup;
-use crate::control;
+use crate::clock;
 use crate::error::{Error, IoContext, Result};
 use crate::record::{Life, Phase, Record, RecordError};
 use crate::undo::Undo;
@@ -104,6 +102,7 @@ async fn readopt(context: Arc<Context>, record: Record, vmm: Vmm) -> Owner {
     match find_agent(&dir).await {
         Ok((agent, notices, state)) => {
             let mut owner = Owner::new(context, record, Some(Machine { vmm, agent, notices }));
+            owner.end_missing(&state);
             owner.agent_found(state);
             owner.finish().await;
             owner.save_or_log();
@@ -129,24 +128,23 @@ async fn find_agent(
 }
 
 impl Owner {
+    /// Ends the containers that the guest does not have any more: the last daemon was removing them.
+    fn end_missing(&mut self, state: &v1::PodState) {
+        let there: BTreeSet<&str> = state.containers.iter().map(|container| container.id.as_str()).collect();
+        for (id, container) in &mut self.record.containers {
+            if container.life != Life::Creating && !there.contains(id.as_str()) {
+                end(container, clock::realtime_ns(), KILLED_CODE, "Error", "it was being removed".into());
+            }
+        }
+    }
+
     /// Takes back what the last daemon had begun: containers not quite created, images mapped for them.
     async fn finish(&mut self) {
         let begun = self.record.containers.iter().filter(|(_, container)| container.life == Life::Creating);
         for id in begun.map(|(id, _)| id.clone()).collect::<Vec<_>>() {
             self.unmake_container(&id).await;
         }
-        let used: BTreeSet<String> = self
-            .record
-            .containers
-            .values()
-            .flat_map(|container| images_of(&container.spec))
-            .map(str::to_owned)
-            .collect();
-        let unused = |image: &Option<String>| image.as_ref().is_some_and(|image| !used.contains(image));
-        for disk in self.record.disks.extract_if(.., |disk| unused(&disk.image)).collect::<Vec<_>>() {
-            // Refused: it was never mapped.
-            let _ = control::run(&self.dir, &Command::RemoveDisk { first_sector: disk.first_sector }, &[]).await;
-        }
+        self.unmap_unused().await;
     }
 }
 

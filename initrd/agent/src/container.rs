@@ -14,7 +14,7 @@ use crate::fault::Fault;
 use crate::files;
 use crate::log::Log;
 use crate::mounts::{self, FILES, MEMORY_ROOTS, SCRATCH};
-use crate::plan::{ContainerPlan, ProcessPlan};
+use crate::plan::{ContainerPlan, PlanError, ProcessPlan};
 use crate::poll::Watched;
 use crate::rootfs::{self, Owners, Root, Source};
 use crate::userns::UserSpace;
@@ -29,7 +29,8 @@ pub(crate) struct Asker {
 /// Something to give back when the container goes.
 #[derive(Debug)]
 enum Held {
-    Image(DiskRange),
+    /// An image or a volume of the pod disk.
+    Disk(DiskRange),
     Directory(PathBuf),
     /// The files of a mount, by where that is; they go with their directory.
     Files(String, PathBuf),
@@ -44,7 +45,7 @@ impl Holdings {
     pub(crate) fn release(&mut self, disk: &mut Disk) {
         while let Some(held) = self.0.pop() {
             match held {
-                Held::Image(range) => disk.release_image(range),
+                Held::Disk(range) => disk.release(range),
                 Held::Files(..) => {}
                 Held::Directory(path) => {
                     if let Err(error) = fs::remove_dir_all(&path) {
@@ -65,7 +66,7 @@ impl Holdings {
     ) -> Result<Root, Fault> {
         let owners = users.map_or(Owners::default(), Owners::of);
         let mut image = |range: DiskRange, held: &mut Vec<Held>| {
-            disk.acquire_image(range).inspect(|_| held.push(Held::Image(range)))
+            disk.acquire_image(range).inspect(|_| held.push(Held::Disk(range)))
         };
         let lowers: Vec<PathBuf> = layers.iter().map(|&range| image(range, &mut self.0)).collect::<Result<_, _>>()?;
         let mut list = Vec::new();
@@ -90,6 +91,12 @@ impl Holdings {
             };
             let v1::Mount { destination, read_only, mapped, .. } = asked.clone();
             list.push(rootfs::Mount { destination, source, read_only, mapped });
+        }
+        for device in std::mem::take(&mut plan.volumes) {
+            let Some(range) = device.disk else { continue };
+            let path = disk.acquire_volume(range)?;
+            self.0.push(Held::Disk(range));
+            plan.devices.give(&device, &path).map_err(PlanError::from)?;
         }
         let writable = self.directory(if disk.has_scratch() { SCRATCH } else { MEMORY_ROOTS }, &plan.id)?;
         for name in ["upper", "work"] {

@@ -39,9 +39,9 @@ const STANDARD: [(&str, u64, u64); 6] =
 /// Deepest directory below `/dev` that is looked into.
 const DEPTH: usize = 4;
 
-/// What a program may do with a device: the bits of `linux/bpf.h`.
+/// What a program may do with a device; the bits of `access` are those of `linux/bpf.h`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Rule {
+pub(crate) struct Rule {
     block: bool,
     major: Option<u64>,
     minor: Option<u64>,
@@ -57,12 +57,12 @@ const ANY: i32 = MKNOD | READ | WRITE;
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Devices {
     pub(crate) nodes: Vec<Node>,
-    /// eBPF instructions; `None` allows everything.
-    pub(crate) filter: Option<Vec<u64>>,
+    /// What may be opened; `None` is everything.
+    pub(crate) rules: Option<Vec<Rule>>,
 }
 
 impl Devices {
-    /// The standard ones and those asked for; all of the guest's for a privileged container.
+    /// The standard ones and those of the guest that are asked for; all of the guest's for a privileged container.
     pub(crate) fn plan(asked: &[v1::Device], privileged: bool) -> Result<Self, DeviceError> {
         let mut nodes: Vec<Node> = STANDARD
             .iter()
@@ -75,21 +75,28 @@ impl Devices {
         if privileged {
             collect(Path::new("/dev"), DEPTH, &mut nodes);
         }
-        let mut rules = standard_rules();
-        for device in asked {
-            let missing = || DeviceError::Missing(device.guest_path.clone());
-            let node = node(Path::new(&device.guest_path)).ok_or_else(missing)?;
-            rules.push(Rule {
-                block: node.mode & libc::S_IFMT == libc::S_IFBLK,
-                major: Some(major(node.device)),
-                minor: Some(minor(node.device)),
-                access: access(&device.access)?,
-            });
-            let path = PathBuf::from(&device.path);
-            nodes.retain(|each| each.path != path);
-            nodes.push(Node { path, ..node });
+        let mut devices = Self { nodes, rules: (!privileged).then(standard_rules) };
+        for device in asked.iter().filter(|device| device.disk.is_none()) {
+            devices.give(device, Path::new(&device.guest_path))?;
         }
-        Ok(Self { nodes, filter: (!privileged).then(|| program(&rules)) })
+        Ok(devices)
+    }
+
+    /// Adds the guest's device at `guest_path`, under the name and with the access that `device` says.
+    pub(crate) fn give(&mut self, device: &v1::Device, guest_path: &Path) -> Result<(), DeviceError> {
+        let missing = || DeviceError::Missing(guest_path.display().to_string());
+        let node = node(guest_path).ok_or_else(missing)?;
+        let rule = Rule {
+            block: node.mode & libc::S_IFMT == libc::S_IFBLK,
+            major: Some(major(node.device)),
+            minor: Some(minor(node.device)),
+            access: access(&device.access)?,
+        };
+        self.rules.iter_mut().for_each(|rules| rules.push(rule));
+        let path = PathBuf::from(&device.path);
+        self.nodes.retain(|each| each.path != path);
+        self.nodes.push(Node { path, ..node });
+        Ok(())
     }
 }
 
@@ -194,8 +201,8 @@ fn program(rules: &[Rule]) -> Vec<u64> {
 
 /// Binds the filter to a container's cgroup.
 pub(crate) fn confine(cgroup: &crate::cgroup::Cgroup, devices: &Devices) -> io::Result<()> {
-    match &devices.filter {
-        Some(program) => crate::sys::attach_device_filter(cgroup.fd(), program),
+    match &devices.rules {
+        Some(rules) => crate::sys::attach_device_filter(cgroup.fd(), &program(rules)),
         None => Ok(()),
     }
 }
@@ -243,7 +250,8 @@ mod tests {
 
     #[test]
     fn a_device_asked_for_opens_only_as_asked() {
-        let asked = v1::Device { path: "/dev/x".into(), guest_path: "/dev/null".into(), access: "r".into() };
+        let asked =
+            v1::Device { path: "/dev/x".into(), guest_path: "/dev/null".into(), access: "r".into(), disk: None };
         let mut devices = Devices::plan(&[asked], false).expect("planned");
         let node = devices.nodes.pop().expect("a node");
         assert_eq!((node.path.as_path(), node.device), (Path::new("/dev/x"), nix::sys::stat::makedev(1, 3)));
@@ -257,7 +265,7 @@ mod tests {
     #[test]
     fn what_is_no_device_is_refused() {
         for path in ["/etc/passwd", "/dev/not-there", "/dev"] {
-            let asked = v1::Device { path: "/dev/x".into(), guest_path: path.into(), access: "rw".into() };
+            let asked = v1::Device { path: "/dev/x".into(), guest_path: path.into(), access: "rw".into(), disk: None };
             assert!(matches!(Devices::plan(&[asked], false), Err(DeviceError::Missing(_))), "{path}");
         }
         assert!(matches!(access("rx"), Err(DeviceError::Access(_))));

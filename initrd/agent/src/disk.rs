@@ -55,10 +55,12 @@ pub(crate) enum DiskError {
     },
 }
 
+/// A run of sectors that containers use.
 #[derive(Debug)]
-struct Image {
+struct Part {
     partition: i32,
-    path: PathBuf,
+    /// Where its file system is mounted; a volume's is not.
+    mounted: Option<PathBuf>,
     users: u32,
 }
 
@@ -66,7 +68,7 @@ struct Image {
 #[derive(Debug)]
 pub(crate) struct Disk {
     path: PathBuf,
-    images: BTreeMap<(u64, u64), Image>,
+    parts: BTreeMap<(u64, u64), Part>,
     scratch: bool,
     /// Unmounted, but still held by something a moment ago.
     leaving: Vec<i32>,
@@ -76,7 +78,7 @@ pub(crate) struct Disk {
 impl Disk {
     /// Opens nothing yet.
     pub(crate) fn new(path: PathBuf) -> Self {
-        Self { path, images: BTreeMap::new(), scratch: false, leaving: Vec::new(), used: BTreeSet::new() }
+        Self { path, parts: BTreeMap::new(), scratch: false, leaving: Vec::new(), used: BTreeSet::new() }
     }
 
     /// Whether the pod has writable space on disk.
@@ -95,12 +97,10 @@ impl Disk {
         Ok(())
     }
 
-    /// Where the image in `range` is mounted; each call wants one [`Self::release_image`].
+    /// Where the image in `range` is mounted; each call wants one [`Self::release`].
     pub(crate) fn acquire_image(&mut self, range: DiskRange) -> Result<PathBuf, DiskError> {
-        let key = (range.first_sector, range.sectors);
-        if let Some(image) = self.images.get_mut(&key) {
-            image.users = image.users.saturating_add(1);
-            return Ok(image.path.clone());
+        if let Some(path) = self.use_again(range).and_then(|image| image.mounted.clone()) {
+            return Ok(path);
         }
         let partition = self.add(range)?;
         let path = Path::new(IMAGES).join(partition.to_string());
@@ -109,25 +109,44 @@ impl Disk {
             self.delete(partition);
             return Err(error);
         }
-        self.images.insert(key, Image { partition, path: path.clone(), users: 1 });
+        self.parts.insert(key(range), Part { partition, mounted: Some(path.clone()), users: 1 });
         Ok(path)
     }
 
-    /// Gives back what [`Self::acquire_image`] gave.
-    pub(crate) fn release_image(&mut self, range: DiskRange) {
-        let key = (range.first_sector, range.sectors);
-        let Some(image) = self.images.get_mut(&key) else { return };
-        image.users = image.users.saturating_sub(1);
-        if image.users > 0 {
+    /// The block device of the volume in `range`; each call wants one [`Self::release`].
+    pub(crate) fn acquire_volume(&mut self, range: DiskRange) -> Result<PathBuf, DiskError> {
+        let partition = match self.use_again(range) {
+            Some(volume) => volume.partition,
+            None => {
+                let partition = self.add(range)?;
+                self.parts.insert(key(range), Part { partition, mounted: None, users: 1 });
+                partition
+            }
+        };
+        Ok(self.device(partition))
+    }
+
+    fn use_again(&mut self, range: DiskRange) -> Option<&Part> {
+        let part = self.parts.get_mut(&key(range))?;
+        part.users = part.users.saturating_add(1);
+        Some(part)
+    }
+
+    /// Gives back what [`Self::acquire_image`] or [`Self::acquire_volume`] gave.
+    pub(crate) fn release(&mut self, range: DiskRange) {
+        let Some(part) = self.parts.get_mut(&key(range)) else { return };
+        part.users = part.users.saturating_sub(1);
+        if part.users > 0 {
             return;
         }
-        let (partition, path) = (image.partition, image.path.clone());
-        self.images.remove(&key);
-        if let Err(error) = umount2(&path, MntFlags::MNT_DETACH) {
-            crate::kmsg::say(&format!("cannot unmount {}: {error}", path.display()));
+        let Some(Part { partition, mounted, .. }) = self.parts.remove(&key(range)) else { return };
+        if let Some(path) = mounted {
+            if let Err(error) = umount2(&path, MntFlags::MNT_DETACH) {
+                crate::kmsg::say(&format!("cannot unmount {}: {error}", path.display()));
+            }
+            // It comes back if the directory is needed again.
+            drop(fs::remove_dir(&path));
         }
-        // It comes back if the directory is needed again.
-        drop(fs::remove_dir(&path));
         self.delete(partition);
     }
 
@@ -173,6 +192,10 @@ impl Disk {
     fn mount_error(&self, partition: i32, kind: &'static str, source: io::Error) -> DiskError {
         DiskError::Mount { device: self.device(partition), kind, source }
     }
+}
+
+fn key(range: DiskRange) -> (u64, u64) {
+    (range.first_sector, range.sectors)
 }
 
 /// Start and length in bytes, as the kernel's interface wants them.

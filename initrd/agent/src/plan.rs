@@ -66,6 +66,8 @@ pub(crate) struct ContainerPlan {
     pub(crate) masked_paths: Vec<String>,
     pub(crate) readonly_paths: Vec<String>,
     pub(crate) devices: Devices,
+    /// Devices yet to be made of the pod disk.
+    pub(crate) volumes: Vec<v1::Device>,
     pub(crate) privileged: bool,
 }
 
@@ -100,6 +102,7 @@ impl ContainerPlan {
             masked_paths,
             readonly_paths,
             devices: Devices::plan(&request.devices, request.privileged)?,
+            volumes: request.devices.iter().filter(|device| device.disk.is_some()).cloned().collect(),
             privileged: request.privileged,
         })
     }
@@ -216,7 +219,7 @@ mod tests {
     #[test]
     fn a_plain_request_is_planned() {
         let plan = ContainerPlan::new(&request()).expect("planned");
-        assert!(plan.read_only && !plan.privileged && plan.devices.filter.is_some());
+        assert!(plan.read_only && !plan.privileged && plan.devices.rules.is_some());
         assert_eq!((plan.process.cwd.as_str(), plan.process.capabilities.clone()), ("/", Sets::default()));
     }
 
@@ -253,7 +256,7 @@ mod tests {
         request.masked_paths = vec!["/proc/kcore".into()];
         request.privileged = true;
         let plan = ContainerPlan::new(&request).expect("planned");
-        assert!(plan.masked_paths.is_empty() && plan.devices.filter.is_none());
+        assert!(plan.masked_paths.is_empty() && plan.devices.rules.is_none());
         assert_eq!(plan.process.capabilities, Sets::all());
     }
 

@@ -152,8 +152,12 @@ fn no_device_beyond_the_standard_ones_can_be_opened() {
         (head -c1 /tmp/disk; head -c1 /dev/mem2) 2>&1 | sed 's/.*: //'; mknod /tmp/null c 1 3 && echo x > /tmp/null && echo null";
     let expected = ["made", "Operation not permitted", "Operation not permitted", "null"];
     assert_eq!(lines(&mut pod, container("a", script)), expected);
-    let device =
-        |access: &str| v1::Device { path: "/dev/mine".into(), guest_path: "/dev/fuse".into(), access: access.into() };
+    let device = |access: &str| v1::Device {
+        path: "/dev/mine".into(),
+        guest_path: "/dev/fuse".into(),
+        access: access.into(),
+        disk: None,
+    };
     let script = "[ -c /dev/mine ] && (exec 3<>/dev/mine) 2>/dev/null && echo opened || echo refused";
     let with = |id: &str, access: &str| v1::CreateContainer { devices: vec![device(access)], ..container(id, script) };
     assert_eq!(lines(&mut pod, with("b", "rwm")), ["opened"]);

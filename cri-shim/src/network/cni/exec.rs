@@ -38,7 +38,8 @@ pub(super) async fn run(mut command: Command, limit: Duration) -> Result<Vec<u8>
         (child.wait().await, stdout, stderr)
     });
     let Ok((status, stdout, stderr)) = ended.await else {
-        return Err(format!("it did not end within {} s and was killed", limit.as_secs()));
+        let waiting = group.0.map(whereabouts).unwrap_or_default();
+        return Err(format!("it did not end within {} s and was killed{waiting}", limit.as_secs()));
     };
     group.0 = None;
     match status {
@@ -46,6 +47,27 @@ pub(super) async fn run(mut command: Command, limit: Duration) -> Result<Vec<u8>
         Ok(status) => Err(complaint(&stdout, &stderr).unwrap_or_else(|| format!("{status} without a word"))),
         Err(error) => Err(format!("it cannot be waited for: {error}")),
     }
+}
+
+/// What a plugin and the programs that it started wait for, for whoever has to find out why it hangs: each with its name,
+/// state and place in the kernel (proc(5), `stat` and `wchan`).
+fn whereabouts(leader: Pid) -> String {
+    let group = leader.to_string();
+    let place = |entry: std::fs::DirEntry| {
+        let stat = std::fs::read_to_string(entry.path().join("stat")).ok()?;
+        // The name is in parentheses and may hold any character, so the rest is counted from the last one.
+        let (head, rest) = stat.rsplit_once(')')?;
+        let name = head.split_once('(')?.1;
+        let mut fields = rest.split_whitespace();
+        let state = fields.next()?;
+        if fields.nth(1)? != group {
+            return None;
+        }
+        let place = std::fs::read_to_string(entry.path().join("wchan")).unwrap_or_default();
+        Some(format!("{name} {state} {place}"))
+    };
+    let found: Vec<String> = std::fs::read_dir("/proc").into_iter().flatten().flatten().filter_map(place).collect();
+    if found.is_empty() { String::new() } else { format!("; there were {}", found.join(", ")) }
 }
 
 async fn read(stream: Option<impl AsyncRead + Unpin>) -> Vec<u8> {
@@ -113,7 +135,7 @@ mod tests {
     async fn a_plugin_that_hangs_is_killed_with_its_children() {
         let start = Instant::now();
         let error = run(shell("sleep 600 & sleep 600"), Duration::from_millis(100)).await.expect_err("hangs");
-        assert!(error.contains("was killed"), "{error}");
+        assert!(error.contains("was killed; there were sh S ") && error.matches("sleep S ").count() == 2, "{error}");
         assert!(start.elapsed() < Duration::from_secs(60));
     }
 }
