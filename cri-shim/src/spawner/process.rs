@@ -1,8 +1,8 @@
 //! The spawner itself: one thread, no file system, no network. It waits for a request or for a child's end.
 //!
-//! At its start it moves into namespaces of its own (mount, network, IPC, UTS) with an empty read-only root. Its
-//! children inherit them, so that a VMM reaches neither a file nor an interface of the host, and starting one costs
-//! no new network namespace. Each child gets a PID namespace besides, and a file server a mount namespace.
+//! At its start it moves into namespaces of its own (mount, network, IPC, UTS) with an empty read-only root. Each VMM gets
+//! all of these anew and a user namespace in which nobody is root, so that it reaches neither a file nor an interface of
+//! the host nor another VMM. A file server, which acts for owners of the host's files, gets a mount namespace.
 #![expect(unsafe_code, reason = "clone3, execveat and what a child does between them")]
 
 use std::io;
@@ -30,6 +30,14 @@ const ABOVE_TARGETS: RawFd = 256;
 /// clone(2); the libc crate's constant is cut to 32 bits.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
+/// Those of a VMM. Its user namespace has no mapping: whatever it may do there, it is nobody.
+const OWN_NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWUSER
+    .union(CloneFlags::CLONE_NEWPID)
+    .union(CloneFlags::CLONE_NEWNS)
+    .union(CloneFlags::CLONE_NEWNET)
+    .union(CloneFlags::CLONE_NEWIPC)
+    .union(CloneFlags::CLONE_NEWUTS);
+
 /// A child that runs.
 struct Running {
     pid: u32,
@@ -39,7 +47,8 @@ struct Running {
 /// Never returns: ends when the daemon does.
 pub(super) fn main(socket: &OwnedFd) -> ! {
     let done = isolate().map_err(|error| format!("cannot isolate itself (is it root?): {error}"));
-    let code = match done.and_then(|()| serve(socket).map_err(|error| error.to_string())) {
+    let done = done.and_then(|()| serve(socket, vmm_namespaces()).map_err(|error| error.to_string()));
+    let code = match done {
         Ok(()) => 0,
         Err(error) => {
             eprintln!("pericarp spawner: {error}");
@@ -65,7 +74,23 @@ fn isolate() -> nix::Result<()> {
     mount(NONE, "/", NONE, flags | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY, NONE)
 }
 
-fn serve(socket: &OwnedFd) -> io::Result<()> {
+/// Those that a VMM gets: all of its own, but for the user namespace where the host allows none (`user.max_user_namespaces`).
+fn vmm_namespaces() -> CloneFlags {
+    match clone_into(None, OWN_NAMESPACES) {
+        // SAFETY: ends this process without running what the parent registered for its own exit.
+        Ok(None) => unsafe { libc::_exit(0) },
+        Ok(Some(child)) => {
+            let _ = reap(&child);
+            OWN_NAMESPACES
+        }
+        Err(error) => {
+            eprintln!("pericarp spawner: VMMs have no user namespace of their own, which the host refuses: {error}");
+            OWN_NAMESPACES.difference(CloneFlags::CLONE_NEWUSER)
+        }
+    }
+}
+
+fn serve(socket: &OwnedFd, vmm: CloneFlags) -> io::Result<()> {
     let mut running: Vec<Running> = Vec::new();
     loop {
         let (asked, ended) = wait(socket, &running)?;
@@ -77,7 +102,7 @@ fn serve(socket: &OwnedFd) -> io::Result<()> {
         if asked {
             let Some((request, fds)) = wire::recv::<Request>(socket.as_fd(), LIMITS)? else { return Ok(()) };
             let id = request.id;
-            match carry_out(request.task, fds) {
+            match carry_out(request.task, fds, vmm) {
                 Ok(Some(child)) => {
                     tell(socket, &Report::Started { id, pid: child.pid }, &[child.pidfd.as_raw_fd()])?;
                     running.push(child);
@@ -90,9 +115,15 @@ fn serve(socket: &OwnedFd) -> io::Result<()> {
 }
 
 /// Does what is asked for; a process if that is what comes of it.
-fn carry_out(task: Task, fds: Vec<OwnedFd>) -> Result<Option<Running>, String> {
+fn carry_out(task: Task, fds: Vec<OwnedFd>, vmm: CloneFlags) -> Result<Option<Running>, String> {
     match task {
-        Task::Start { kind, targets } => spawn(kind, &targets, fds).map(Some),
+        Task::Start { kind, targets } => {
+            let namespaces = match kind {
+                Kind::Vmm => vmm,
+                Kind::FileServer => CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWNS,
+            };
+            spawn(kind, namespaces, &targets, fds).map(Some)
+        }
         Task::Attach { share, directory } => volumes::attach(fds, share, directory).map(|()| None),
         Task::Detach { share } => volumes::detach(fds, share).map(|()| None),
     }
@@ -131,7 +162,7 @@ fn reap(child: &Running) -> io::Result<Ended> {
 }
 
 /// Starts a process in its cgroup; returns once its program is loaded.
-fn spawn(kind: Kind, targets: &[RawFd], fds: Vec<OwnedFd>) -> Result<Running, String> {
+fn spawn(kind: Kind, namespaces: CloneFlags, targets: &[RawFd], fds: Vec<OwnedFd>) -> Result<Running, String> {
     let mut fds = fds.into_iter();
     let (Some(binary), Some(cgroup)) = (fds.next(), fds.next()) else { return Err("no binary or cgroup given".into()) };
     let binary = move_up(binary)?;
@@ -142,7 +173,9 @@ fn spawn(kind: Kind, targets: &[RawFd], fds: Vec<OwnedFd>) -> Result<Running, St
     let (failed, fails) = pipe2(OFlag::O_CLOEXEC).map_err(|error| format!("pipe: {error}"))?;
     // Only one writing end may stay open, or its closing would not be seen.
     let fails = move_up(fails)?;
-    match clone_into(cgroup.as_fd(), kind).map_err(|error| format!("clone3 into the pod's cgroup: {error}"))? {
+    match clone_into(Some(cgroup.as_fd()), namespaces)
+        .map_err(|error| format!("clone3 into the pod's cgroup: {error}"))?
+    {
         None => {
             let error = become_program(kind, &binary, &given, targets);
             // The only reader is the spawner; there is nobody else to tell.
@@ -178,18 +211,18 @@ fn started(child: Running, failed: &OwnedFd) -> Result<Running, String> {
     }
 }
 
-/// fork(2), but straight into a cgroup and a PID namespace, with a pidfd. `None` in the child.
-fn clone_into(cgroup: BorrowedFd<'_>, kind: Kind) -> nix::Result<Option<Running>> {
+/// fork(2), but straight into a cgroup and namespaces, with a pidfd. `None` in the child.
+fn clone_into(cgroup: Option<BorrowedFd<'_>>, namespaces: CloneFlags) -> nix::Result<Option<Running>> {
     let mut pidfd: RawFd = -1;
     // SAFETY: all zeroes is a valid clone_args (clone(2)).
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
-    args.flags = libc::CLONE_PIDFD as u64 | libc::CLONE_NEWPID as u64 | CLONE_INTO_CGROUP;
-    if kind == Kind::FileServer {
-        args.flags |= libc::CLONE_NEWNS as u64;
-    }
+    args.flags = libc::CLONE_PIDFD as u64 | namespaces.bits() as u64;
     args.pidfd = &raw mut pidfd as u64;
     args.exit_signal = libc::SIGCHLD as u64;
-    args.cgroup = cgroup.as_raw_fd() as u64;
+    if let Some(cgroup) = cgroup {
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = cgroup.as_raw_fd() as u64;
+    }
     // SAFETY: args is valid for its length, and pidfd outlives the call. This process has one thread, and without
     // CLONE_VM the child has a copy of its memory, so both may go on as after fork(2).
     let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<libc::clone_args>()) };
