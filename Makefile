@@ -73,7 +73,7 @@ test-host: setup
 	cargo test --locked -p pericarp-tests --test architecture
 
 # Two labs side by side use both cores; the longest comes first.
-LAB_TESTS_A := pod cli kill volumes block
+LAB_TESTS_A := pod cli kill volumes block images
 LAB_TESTS_B := bad_input streaming at_once calls observe bulk kill_points
 LAB_TESTS_SLOW := in_turn kill_points bulk upgrade
 

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::image::Verity;
 use crate::network::Attachment;
 use crate::pod::{ContainerUser, Moment};
 use crate::process::ProcessRecord;
@@ -136,6 +137,9 @@ pub(crate) struct DiskRecord {
     /// What containers may do with it, if it is a block device of the host that they have as such.
     #[serde(default)]
     pub volume: Option<Access>,
+    /// By what the guest checks it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verity: Option<Verity>,
 }
 
 /// Of a volume.
@@ -334,7 +338,7 @@ pub(crate) mod tests {
             assert!(first_sector >= last_end && first_sector % EXTENT_ALIGN == 0);
             assert!(sectors * 512 >= bytes && sectors * 512 < bytes + 4096);
             last_end = first_sector + sectors;
-            record.disks.push(DiskRecord { first_sector, sectors, file: "/x".into(), image: None, volume: None });
+            record.disks.push(DiskRecord { first_sector, sectors, file: "/x".into(), image: None, volume: None, verity: None });
         }
         assert_eq!(record.free_extent(0), None);
         assert_eq!(record.free_extent(vmm_control::POD_DISK_BYTES), None);

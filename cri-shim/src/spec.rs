@@ -67,6 +67,18 @@ pub struct IdMapping {
 /// Longest name that a host takes by itself, in bytes: a DNS label, as the kubelet has it.
 const HOSTNAME_BYTES: usize = 63;
 
+impl ContainerSpec {
+    /// Ids of the images that the container's files come from.
+    pub fn images(&self) -> impl Iterator<Item = &str> {
+        let Rootfs::Image(root) = &self.rootfs;
+        let mounted = self.mounts.iter().filter_map(|mount| match &mount.source {
+            MountSource::Image(image) => Some(image.as_str()),
+            _ => None,
+        });
+        std::iter::once(root.as_str()).chain(mounted)
+    }
+}
+
 impl PodSpec {
     /// The name the guest goes by: the one asked for, or as much of the pod's as a host can have.
     #[must_use]
@@ -290,6 +302,9 @@ pub struct MountSpec {
     pub destination: String,
     /// What is mounted there.
     pub source: MountSource,
+    /// Of an image: the directory or file in it that is mounted; empty means all of it.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub image_sub_path: String,
     /// Whether it refuses writes.
     pub read_only: bool,
     /// Whether what is mounted below it refuses them too.

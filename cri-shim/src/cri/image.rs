@@ -9,6 +9,7 @@ use super::proto::image_service_server::ImageService;
 use super::proto::*;
 use super::runtime::{Parts, parts};
 use super::{Node, calls, convert};
+use crate::error::Error;
 use crate::image::{self, Auth};
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -41,6 +42,9 @@ impl ImageService for Node {
     async fn remove_image(&self, request: Request<RemoveImageRequest>) -> Answer<RemoveImageResponse> {
         let name = named(request.into_inner().image)?;
         calls::image(&name);
+        if let Some(image) = self.images.removes(&name) {
+            unused(self, &image)?;
+        }
         self.images.remove(&name).map_err(|error| status(&error))?;
         Ok(Response::new(RemoveImageResponse {}))
     }
@@ -71,6 +75,17 @@ fn listed(node: &Node, filter: Option<ImageFilter>) -> Result<Vec<Image>, Status
         None => node.images.list().map_err(|error| status(&error))?,
     };
     Ok(images.iter().map(wire_image).collect())
+}
+
+/// An image stays as long as a container is made of it or mounts it, also one that has exited: it may be asked for its image.
+fn unused(node: &Node, image: &image::Image) -> Result<(), Status> {
+    let containers = node.pods.containers();
+    let Some(user) = containers.iter().find(|container| container.images().any(|id| id == image.id)) else {
+        return Ok(());
+    };
+    let name = image.tags.first().unwrap_or(&image.id);
+    let text = format!("image {name} is used by container {} ({}): remove that first", user.id, user.spec.name);
+    Err(Error::FailedPrecondition(text).into())
 }
 
 fn named(image: Option<ImageSpec>) -> Result<String, Status> {

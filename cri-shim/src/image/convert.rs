@@ -6,10 +6,11 @@ use std::fs::File;
 use std::io::{self, BufReader, Read};
 
 use super::digest::{Check, Digest, Mismatch, Verified, mismatch};
-use super::erofs::{self, Summary, Writer};
+use super::erofs::{self, Writer};
 use super::layer::{self, Unpacker};
 use super::spool;
 use super::tree::Tree;
+use super::verity::{self, Verity};
 
 /// Bytes read from a compressed layer at once.
 const READ_BUFFER: usize = 256 << 10;
@@ -54,8 +55,8 @@ pub(crate) struct Layer {
     pub(crate) blob: Box<dyn Read + Send>,
 }
 
-/// Writes the disk of an image to an empty file and makes it durable.
-pub(crate) fn convert(layers: Vec<Layer>, file: File, uuid: [u8; 16], limit: u64) -> Result<Summary, Error> {
+/// Writes the disk of an image to an empty file, the hash tree behind it, and makes both durable.
+pub(crate) fn convert(layers: Vec<Layer>, file: File, uuid: [u8; 16], limit: u64) -> Result<Verity, Error> {
     let durable = file.try_clone().map_err(erofs::Error::Write)?;
     let mut out = Writer::new(file)?;
     let mut tree = Tree::new();
@@ -64,8 +65,9 @@ pub(crate) fn convert(layers: Vec<Layer>, file: File, uuid: [u8; 16], limit: u64
         unpack(&mut unpacker, layer)?;
     }
     let summary = out.finish(&tree, uuid)?;
+    let verity = verity::append(&durable, summary.bytes).map_err(erofs::Error::Write)?;
     durable.sync_all().map_err(erofs::Error::Write)?;
-    Ok(summary)
+    Ok(verity)
 }
 
 fn unpack(unpacker: &mut Unpacker<'_>, layer: Layer) -> Result<(), Error> {

@@ -38,6 +38,12 @@ impl Digest {
         self.0.split_once(':').map_or("", |(_, hex)| hex)
     }
 
+    /// The digest itself.
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        let pairs = self.hex().as_bytes().chunks(2);
+        pairs.filter_map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()).collect()
+    }
+
     /// What computes digests of this kind.
     pub(crate) fn hasher(&self) -> Hasher {
         if self.0.starts_with("sha512:") { Hasher::Sha512(Sha512::new()) } else { Hasher::Sha256(Sha256::new()) }

@@ -265,7 +265,7 @@ impl Source {
     async fn make(
         &self,
         store: &Store,
-        work: Work,
+        mut work: Work,
         layers: Vec<Layer>,
         chain: &Digest,
     ) -> std::result::Result<Work, super::store::Error> {
@@ -273,7 +273,10 @@ impl Source {
         let (uuid, limit) = (uuid(chain), store.unpacked_limit());
         let converted = spawn_blocking(move || convert(layers, file, uuid, limit)).await;
         match converted.map_err(|_| super::store::Error::Ending)? {
-            Ok(_) => Ok(work),
+            Ok(verity) => {
+                work.verity = Some(verity);
+                Ok(work)
+            }
             Err(error) if is_full(&error) => Err(store.full(error)),
             Err(error) => Err(super::store::Error::Unpack(self.path.display().to_string(), error)),
         }

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::digest::Digest;
 use super::manifest::ImageConfig;
+use super::verity::Verity;
 
 /// Of the file's form.
 const VERSION: u32 = 1;
@@ -35,6 +36,9 @@ pub(crate) struct Record {
     pub(crate) size: u64,
     /// The layers' chain id, which names the disk.
     pub(crate) chain: Digest,
+    /// By what the disk is checked; none of older stores' is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) verity: Option<Verity>,
     pub(crate) config: ImageConfig,
 }
 

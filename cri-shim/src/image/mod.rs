@@ -29,6 +29,7 @@ mod signature;
 mod spool;
 mod store;
 mod tree;
+mod verity;
 mod work;
 
 pub use digest::{BadDigest, Digest, Mismatch};
@@ -37,6 +38,7 @@ pub use pull::{LayerProgress, PullProgress};
 pub use reference::{BadReference, Reference};
 pub use registry::{Auth, HostConfig, RegistryConfig};
 pub use store::{Error, FsInfo, Hold, Image, Store, StoreConfig};
+pub use verity::Verity;
 
 /// The errors of the parts, for those who want to tell them apart.
 pub mod errors {

@@ -185,7 +185,7 @@ struct Job<'a> {
 
 impl Job<'_> {
     /// Makes the disk. Dropped half-way, it leaves nothing: the spools have no names, and the disk's goes with `work`.
-    async fn make(&self, work: Work, diff_ids: &[Digest], chain: &Digest) -> Result<Work, Error> {
+    async fn make(&self, mut work: Work, diff_ids: &[Digest], chain: &Digest) -> Result<Work, Error> {
         let io = |error| self.store.io(error);
         let (mut writers, mut layers, mut shown) = (vec![], vec![], vec![]);
         for (number, (descriptor, diff_id)) in self.manifest.layers.iter().zip(diff_ids).enumerate() {
@@ -214,7 +214,10 @@ impl Job<'_> {
             }
         };
         match converted.map_err(|_| Error::Ending)? {
-            Ok(_) => Ok(work),
+            Ok(verity) => {
+                work.verity = Some(verity);
+                Ok(work)
+            }
             Err(error) if is_full(&error) => Err(self.store.full(error)),
             Err(error) => Err(Error::Unpack(self.reference.to_string(), error)),
         }

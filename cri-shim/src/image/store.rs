@@ -29,6 +29,7 @@ use super::pull::{PullProgress, Pulls};
 use super::reference::{BadReference, Reference};
 use super::registry::{self, Auth, RegistryConfig};
 use super::signature::{self, Policy};
+use super::verity::Verity;
 use super::work::{self, Work};
 
 /// Of the disks' form: another one gets other names.
@@ -110,6 +111,8 @@ pub struct Image {
     pub config: ImageConfig,
     /// EROFS files, top to bottom; so far exactly one.
     pub disks: Vec<PathBuf>,
+    /// By what the disk is checked as it is read.
+    pub verity: Option<Verity>,
     /// Not to be removed to gain space.
     pub pinned: bool,
 }
@@ -214,16 +217,19 @@ impl Store {
     pub fn remove(&self, name_or_id: &str) -> Result<(), Error> {
         self.change(|index| {
             let Some(id) = find(index, name_or_id) else { return };
-            let tag = Reference::parse(name_or_id).ok().and_then(|reference| reference.repo_tag());
-            if let (Some(tag), Some(record)) = (tag, index.images.get_mut(&id))
-                && record.tags.contains(&tag)
-                && record.tags.len() > 1
-            {
-                record.tags.retain(|other| *other != tag);
-            } else {
-                index.images.remove(&id);
+            match index.images.get_mut(&id).and_then(|record| Some((one_of_many(record, name_or_id)?, record))) {
+                Some((tag, record)) => record.tags.retain(|other| *other != tag),
+                None => drop(index.images.remove(&id)),
             }
         })
+    }
+
+    /// The image that [`Store::remove`] would remove, not only take a tag off.
+    pub fn removes(&self, name_or_id: &str) -> Option<Image> {
+        let index = self.index().ok()?;
+        let id = find(&index, name_or_id)?;
+        let record = index.images.get(&id).filter(|record| one_of_many(record, name_or_id).is_none())?;
+        Some(self.image(&id, record))
     }
 
     /// Marks an image as one to keep.
@@ -284,12 +290,18 @@ impl Store {
 
     /// The right to make a chain's disk, once nobody else makes it; `None` if the disk is there.
     pub(crate) async fn begin(&self, chain: &Digest) -> Result<Option<Work>, Error> {
-        if self.disk(chain).exists() {
+        if self.has_disk(chain)? {
             return Ok(None);
         }
         let work = Work::begin(&self.work_dir(), chain).await.map_err(|error| self.io(error))?;
         // Another may have made it while this waited.
-        Ok(if self.disk(chain).exists() { None } else { Some(work) })
+        Ok(if self.has_disk(chain)? { None } else { Some(work) })
+    }
+
+    /// Whether a chain's disk is there, and what it is checked by is known: of one that is only still in use, it is not.
+    fn has_disk(&self, chain: &Digest) -> Result<bool, Error> {
+        let index = self.index().map_err(|error| self.io(error))?;
+        Ok(index.images.values().any(|record| record.chain == *chain) && self.disk(chain).exists())
     }
 
     /// Makes an image visible, with the disk made for it if there was none. `None` comes back if there was one, and it is gone
@@ -315,7 +327,18 @@ impl Store {
         };
         let mut index = Index::load(&self.0.dir)?;
         let (chain, config) = (entry.chain.clone(), entry.config.clone());
-        let record = Record { tags: vec![], digests: vec![], pinned: false, size, chain, config };
+        let same = |record: &&mut Record| record.chain == chain;
+        let verity = match made {
+            Some(made) => {
+                index.images.values_mut().filter(same).for_each(|record| record.verity.clone_from(&made.verity));
+                made.verity.clone()
+            }
+            None => match index.images.values().find(|record| record.chain == chain) {
+                Some(record) => record.verity.clone(),
+                None => return Ok(None),
+            },
+        };
+        let record = Record { tags: vec![], digests: vec![], pinned: false, size, chain, verity, config };
         index.images.entry(entry.id.clone()).or_insert(record);
         index.name(&entry.id, &entry.tags, &entry.digests);
         index.save(&self.0.dir)?;
@@ -357,6 +380,7 @@ impl Store {
             size: record.size,
             config: record.config.clone(),
             disks: vec![self.disk(&record.chain)],
+            verity: record.verity.clone(),
             pinned: record.pinned,
         }
     }
@@ -424,6 +448,12 @@ pub(crate) fn is_full(error: &(dyn std::error::Error + 'static)) -> bool {
         next = error.source();
     }
     false
+}
+
+/// The tag that a name is, if its image has others too.
+fn one_of_many(record: &Record, name: &str) -> Option<String> {
+    let tag = Reference::parse(name).ok()?.repo_tag()?;
+    (record.tags.contains(&tag) && record.tags.len() > 1).then_some(tag)
 }
 
 /// The id of a name, an id, or the beginning of one that no other id shares.

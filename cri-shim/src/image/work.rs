@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::digest::Digest;
+use super::verity::Verity;
 
 /// How often a lock held by another process is tried: flock(2) cannot be waited for and given up.
 const LOCK_POLL: Duration = Duration::from_millis(50);
@@ -15,6 +16,8 @@ const LOCK_POLL: Duration = Duration::from_millis(50);
 pub(crate) struct Work {
     dir: PathBuf,
     chain: String,
+    /// By what the disk is checked, once it is made.
+    pub(crate) verity: Option<Verity>,
     /// Locked until it is closed.
     _lock: File,
 }
@@ -24,7 +27,10 @@ impl Work {
     pub(crate) async fn begin(dir: &Path, chain: &Digest) -> io::Result<Self> {
         loop {
             match try_lock(dir, chain.hex())? {
-                Some(lock) => return Ok(Self { dir: dir.to_owned(), chain: chain.hex().to_owned(), _lock: lock }),
+                Some(lock) => {
+                    let (dir, chain) = (dir.to_owned(), chain.hex().to_owned());
+                    return Ok(Self { dir, chain, verity: None, _lock: lock });
+                }
                 None => tokio::time::sleep(LOCK_POLL).await,
             }
         }

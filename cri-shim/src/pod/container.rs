@@ -12,7 +12,6 @@ use agent_protocol::v1;
 use vmm_control::Command;
 
 use super::context::blocking;
-use super::disks::images_of;
 use super::message;
 use super::owner::Owner;
 use super::status::ContainerUser;
@@ -77,7 +76,7 @@ impl Owner {
     async fn make_container(&mut self, id: &str, mut container: ContainerRecord) -> Result<Option<ContainerUser>> {
         self.save()?;
         kill_point("container.recorded");
-        for image in images_of(&container.spec) {
+        for image in container.spec.images() {
             self.map_image(image).await?;
         }
         container.volumes = self.map_volumes(&container.spec).await?;

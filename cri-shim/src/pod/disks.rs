@@ -14,9 +14,9 @@ use super::context::{blocking, chain};
 use super::owner::Owner;
 use crate::control;
 use crate::error::{Error, IoContext, Result};
-use crate::image;
+use crate::image::{self, Verity};
 use crate::record::{Access, DiskRecord};
-use crate::spec::{ContainerSpec, DeviceSpec, MountSource, Rootfs};
+use crate::spec::{ContainerSpec, DeviceSpec};
 
 /// Extents are whole pages.
 const EXTENT_SECTORS: u64 = 8;
@@ -29,11 +29,11 @@ impl Owner {
         }
         let images = self.context.images.clone();
         let name = image.to_owned();
-        let (paths, hold) = blocking(move || hold(&images, &name)).await?;
+        let (found, hold) = blocking(move || hold(&images, &name)).await?;
         let before = self.record.disks.len();
-        for (path, file) in paths.into_iter().zip(&hold.disks) {
+        for (path, file) in found.disks.into_iter().zip(&hold.disks) {
             // The VMM's copy of the descriptor holds the image from then on.
-            if let Err(error) = self.map_image_disk(image, path, file).await {
+            if let Err(error) = self.map_image_disk(image, path, file, found.verity.clone()).await {
                 self.unmap(|number, _| number >= before).await;
                 return Err(error);
             }
@@ -41,10 +41,17 @@ impl Owner {
         Ok(())
     }
 
-    async fn map_image_disk(&mut self, image: &str, file: PathBuf, open: &File) -> Result<()> {
+    async fn map_image_disk(
+        &mut self,
+        image: &str,
+        file: PathBuf,
+        open: &File,
+        verity: Option<Verity>,
+    ) -> Result<()> {
         let bytes = open.metadata().doing(|| format!("looking at {}", file.display()))?.len();
         let (first_sector, sectors) = self.record.free_extent(bytes).ok_or_else(no_room)?;
-        self.record.disks.push(DiskRecord { first_sector, sectors, file, image: Some(image.into()), volume: None });
+        let image = Some(image.to_owned());
+        self.record.disks.push(DiskRecord { first_sector, sectors, file, image, volume: None, verity });
         self.save()?;
         self.map(first_sector, sectors, true, open).await
     }
@@ -70,7 +77,8 @@ impl Owner {
         let opened = path.clone();
         let (file, bytes) = blocking(move || open(&opened, access)).await?;
         let (first_sector, sectors) = self.record.free_extent(bytes).ok_or_else(no_room)?;
-        self.record.disks.push(DiskRecord { first_sector, sectors, file: path, image: None, volume: Some(access) });
+        let volume = Some(access);
+        self.record.disks.push(DiskRecord { first_sector, sectors, file: path, image: None, volume, verity: None });
         self.save()?;
         self.map(first_sector, sectors, access == Access::ReadOnly, &file).await?;
         Ok(first_sector)
@@ -87,7 +95,7 @@ impl Owner {
     pub(super) async fn unmap_unused(&mut self) {
         let containers = self.record.containers.values();
         let used: BTreeSet<String> =
-            containers.flat_map(|container| images_of(&container.spec)).map(str::to_owned).collect();
+            containers.flat_map(|container| container.spec.images()).map(str::to_owned).collect();
         self.unmap(|_, disk| disk.image.as_ref().is_some_and(|image| !used.contains(image))).await;
         self.unmap_volumes().await;
     }
@@ -113,22 +121,12 @@ impl Owner {
     }
 }
 
-/// Ids of the images that a container's files come from.
-pub(super) fn images_of(spec: &ContainerSpec) -> Vec<&str> {
-    let Rootfs::Image(root) = &spec.rootfs;
-    let mounted = spec.mounts.iter().filter_map(|mount| match &mount.source {
-        MountSource::Image(image) => Some(image.as_str()),
-        _ => None,
-    });
-    std::iter::once(root.as_str()).chain(mounted).collect()
-}
-
 /// An image's disks, kept from being removed while the hold or a copy of its descriptors lives.
-fn hold(images: &image::Store, id: &str) -> Result<(Vec<PathBuf>, image::Hold)> {
+fn hold(images: &image::Store, id: &str) -> Result<(image::Image, image::Hold)> {
     let missing = || Error::NotFound(format!("image {id} is not here: pull it first"));
     let found = images.resolve(id).ok_or_else(missing)?;
     let hold = images.hold(&found.id).map_err(|error| Error::Internal(chain(&error)))?;
-    Ok((found.disks, hold.ok_or_else(missing)?))
+    Ok((found, hold.ok_or_else(missing)?))
 }
 
 fn no_room() -> Error {

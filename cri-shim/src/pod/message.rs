@@ -83,7 +83,9 @@ fn neighbour(neighbour: &crate::network::Neighbour) -> v1::Neighbour {
 
 /// An extent as the agent knows it.
 pub(super) fn range(disk: &DiskRecord) -> v1::DiskRange {
-    v1::DiskRange { first_sector: disk.first_sector, sectors: disk.sectors }
+    let verity =
+        disk.verity.as_ref().map(|verity| v1::Verity { root: verity.root.bytes(), data_blocks: verity.data_blocks });
+    v1::DiskRange { first_sector: disk.first_sector, sectors: disk.sectors, verity }
 }
 
 /// The range of an image that has been mapped for the pod.
@@ -201,6 +203,7 @@ fn mounts(record: &Record, container: &ContainerRecord) -> Result<Vec<v1::Mount>
             source: Some(v1::mount::Source::Files(files::text(text))),
             read_only: spec.read_only_rootfs,
             mapped: true,
+            image_sub_path: String::new(),
         })
         .collect::<Vec<_>>();
     for mount in &spec.mounts {
@@ -217,7 +220,8 @@ fn mounts(record: &Record, container: &ContainerRecord) -> Result<Vec<v1::Mount>
         };
         // A shared directory refuses writes on the host, where what is mounted below it may do otherwise.
         let read_only = mount.read_only && !container.shares.contains_key(&destination);
-        mounts.push(v1::Mount { destination, source: Some(source), read_only, mapped: mount.mapped });
+        let (mapped, image_sub_path) = (mount.mapped, mount.image_sub_path.clone());
+        mounts.push(v1::Mount { destination, source: Some(source), read_only, mapped, image_sub_path });
     }
     mounts.sort_by_key(|mount| mount.destination.split('/').filter(|name| !name.is_empty()).count());
     Ok(mounts)
@@ -278,6 +282,7 @@ mod tests {
         let mounts = mounts.iter().map(|(destination, source)| MountSpec {
             destination: (*destination).into(),
             source: source.clone(),
+            image_sub_path: String::new(),
             read_only: true,
             recursive_read_only: false,
             mapped: false,

@@ -174,6 +174,7 @@ mod tests {
 
     fn mount(destination: &str, source: &Path) -> MountSpec {
         MountSpec {
+            image_sub_path: String::new(),
             destination: destination.into(),
             source: MountSource::Host(source.into()),
             read_only: true,

@@ -107,6 +107,13 @@ pub struct ContainerStatus {
     pub user: Option<ContainerUser>,
 }
 
+impl ContainerStatus {
+    /// Ids of the images that its files come from.
+    pub fn images(&self) -> impl Iterator<Item = &str> {
+        self.spec.images()
+    }
+}
+
 /// Who a process runs as, by number.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ContainerUser {

@@ -74,7 +74,7 @@ pub(crate) fn apply(message: &v1::Configure, disk: &mut Disk) -> Result<(), Conf
     // After the network: some sysctls are of an interface.
     set_sysctls(&message.sysctls)?;
     mounts::mount_shm(message.shm_bytes)?;
-    if let Some(range) = message.scratch {
+    if let Some(range) = &message.scratch {
         disk.mount_scratch(range)?;
     }
     Ok(())

@@ -45,7 +45,7 @@ impl Holdings {
     pub(crate) fn release(&mut self, disk: &mut Disk) {
         while let Some(held) = self.0.pop() {
             match held {
-                Held::Disk(range) => disk.release(range),
+                Held::Disk(range) => disk.release(&range),
                 Held::Files(..) => {}
                 Held::Directory(path) => {
                     if let Err(error) = fs::remove_dir_all(&path) {
@@ -65,15 +65,22 @@ impl Holdings {
         users: Option<&UserSpace>,
     ) -> Result<Root, Fault> {
         let owners = users.map_or(Owners::default(), Owners::of);
-        let mut image = |range: DiskRange, held: &mut Vec<Held>| {
-            disk.acquire_image(range).inspect(|_| held.push(Held::Disk(range)))
+        let mut image = |range: &DiskRange, held: &mut Vec<Held>| {
+            disk.acquire_image(range).inspect(|_| held.push(Held::Disk(range.clone())))
         };
-        let lowers: Vec<PathBuf> = layers.iter().map(|&range| image(range, &mut self.0)).collect::<Result<_, _>>()?;
+        let lowers: Vec<PathBuf> = layers.iter().map(|range| image(range, &mut self.0)).collect::<Result<_, _>>()?;
         let mut list = Vec::new();
         for (number, asked) in plan.mounts.iter().enumerate() {
             let source = match &asked.source {
                 Some(mount::Source::Tmpfs(tmpfs)) => Source::Tmpfs { size: tmpfs.size_bytes, mode: tmpfs.mode },
-                Some(mount::Source::Image(range)) => Source::Path(image(*range, &mut self.0)?),
+                Some(mount::Source::Image(range)) => {
+                    let (root, sub_path) = (image(range, &mut self.0)?, asked.image_sub_path.clone());
+                    rootfs::find_in_image(&root, &sub_path).map_err(|error| {
+                        let text = format!("mount at {}: {sub_path:?} of the image: {error}", asked.destination);
+                        Fault::new(v1::error::Kind::NotFound, text)
+                    })?;
+                    Source::Image { root, sub_path }
+                }
                 Some(mount::Source::Files(tree)) => {
                     let home = self.directory(FILES, &plan.id)?;
                     let place = home.join(number.to_string());
@@ -93,9 +100,9 @@ impl Holdings {
             list.push(rootfs::Mount { destination, source, read_only, mapped });
         }
         for device in std::mem::take(&mut plan.volumes) {
-            let Some(range) = device.disk else { continue };
+            let Some(range) = &device.disk else { continue };
             let path = disk.acquire_volume(range)?;
-            self.0.push(Held::Disk(range));
+            self.0.push(Held::Disk(range.clone()));
             plan.devices.give(&device, &path).map_err(PlanError::from)?;
         }
         let writable = self.directory(if disk.has_scratch() { SCRATCH } else { MEMORY_ROOTS }, &plan.id)?;

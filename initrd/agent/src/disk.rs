@@ -9,12 +9,16 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
-use agent_protocol::v1::DiskRange;
+use agent_protocol::v1::{DiskRange, Verity};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use thiserror::Error;
 
 use crate::mounts::{IMAGES, SCRATCH};
 use crate::sys;
+use crate::verity::Checked;
+
+/// The file system of images.
+const EROFS: &str = "erofs";
 
 /// Bytes of a sector, as the protocol counts them.
 const SECTOR: u64 = 512;
@@ -43,6 +47,14 @@ pub(crate) enum DiskError {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// The kernel cannot check it.
+    #[error("cannot have {} checked as it is read: {source}", device.display())]
+    Check {
+        /// The partition.
+        device: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
     /// Not the file system expected, or damaged.
     #[error("cannot mount {} as {kind}: {source}", device.display())]
     Mount {
@@ -61,6 +73,8 @@ struct Part {
     partition: i32,
     /// Where its file system is mounted; a volume's is not.
     mounted: Option<PathBuf>,
+    /// Between the partition and the mount.
+    checked: Option<Checked>,
     users: u32,
 }
 
@@ -87,9 +101,10 @@ impl Disk {
     }
 
     /// Mounts the pod's writable space.
-    pub(crate) fn mount_scratch(&mut self, range: DiskRange) -> Result<(), DiskError> {
+    pub(crate) fn mount_scratch(&mut self, range: &DiskRange) -> Result<(), DiskError> {
         let partition = self.add(range)?;
-        if let Err(error) = self.mount(partition, Path::new(SCRATCH), "ext4", MsFlags::MS_NOATIME) {
+        let device = self.device(partition);
+        if let Err(error) = mount_device(device, Path::new(SCRATCH), "ext4", MsFlags::MS_NOATIME) {
             self.delete(partition);
             return Err(error);
         }
@@ -98,51 +113,74 @@ impl Disk {
     }
 
     /// Where the image in `range` is mounted; each call wants one [`Self::release`].
-    pub(crate) fn acquire_image(&mut self, range: DiskRange) -> Result<PathBuf, DiskError> {
+    pub(crate) fn acquire_image(&mut self, range: &DiskRange) -> Result<PathBuf, DiskError> {
         if let Some(path) = self.use_again(range).and_then(|image| image.mounted.clone()) {
             return Ok(path);
         }
         let partition = self.add(range)?;
         let path = Path::new(IMAGES).join(partition.to_string());
-        let made = fs::create_dir_all(&path).map_err(|source| self.mount_error(partition, "erofs", source));
-        if let Err(error) = made.and_then(|()| self.mount(partition, &path, "erofs", MsFlags::MS_RDONLY)) {
-            self.delete(partition);
+        match self.mount_image(partition, &path, range.verity.as_ref()) {
+            Ok(checked) => {
+                self.parts.insert(key(range), Part { partition, mounted: Some(path.clone()), checked, users: 1 });
+                Ok(path)
+            }
+            Err(error) => {
+                self.delete(partition);
+                Err(error)
+            }
+        }
+    }
+
+    /// Mounts an image, from a device that checks it if there is something to check it by.
+    fn mount_image(&self, partition: i32, path: &Path, verity: Option<&Verity>) -> Result<Option<Checked>, DiskError> {
+        let bare = self.device(partition);
+        let failed = |source| DiskError::Mount { device: bare.clone(), kind: EROFS, source };
+        fs::create_dir_all(path).map_err(failed)?;
+        let checked = verity.map(|verity| Checked::open(&bare.to_string_lossy(), format!("image-{partition}"), verity));
+        let checked = checked.transpose().map_err(|source| DiskError::Check { device: bare.clone(), source })?;
+        let device = checked.as_ref().map_or(bare, |checked| checked.device.clone());
+        if let Err(error) = mount_device(device, path, EROFS, MsFlags::MS_RDONLY) {
+            if let Some(checked) = checked {
+                drop(checked.close());
+            }
             return Err(error);
         }
-        self.parts.insert(key(range), Part { partition, mounted: Some(path.clone()), users: 1 });
-        Ok(path)
+        Ok(checked)
     }
 
     /// The block device of the volume in `range`; each call wants one [`Self::release`].
-    pub(crate) fn acquire_volume(&mut self, range: DiskRange) -> Result<PathBuf, DiskError> {
+    pub(crate) fn acquire_volume(&mut self, range: &DiskRange) -> Result<PathBuf, DiskError> {
         let partition = match self.use_again(range) {
             Some(volume) => volume.partition,
             None => {
                 let partition = self.add(range)?;
-                self.parts.insert(key(range), Part { partition, mounted: None, users: 1 });
+                self.parts.insert(key(range), Part { partition, mounted: None, checked: None, users: 1 });
                 partition
             }
         };
         Ok(self.device(partition))
     }
 
-    fn use_again(&mut self, range: DiskRange) -> Option<&Part> {
+    fn use_again(&mut self, range: &DiskRange) -> Option<&Part> {
         let part = self.parts.get_mut(&key(range))?;
         part.users = part.users.saturating_add(1);
         Some(part)
     }
 
     /// Gives back what [`Self::acquire_image`] or [`Self::acquire_volume`] gave.
-    pub(crate) fn release(&mut self, range: DiskRange) {
+    pub(crate) fn release(&mut self, range: &DiskRange) {
         let Some(part) = self.parts.get_mut(&key(range)) else { return };
         part.users = part.users.saturating_sub(1);
         if part.users > 0 {
             return;
         }
-        let Some(Part { partition, mounted, .. }) = self.parts.remove(&key(range)) else { return };
+        let Some(Part { partition, mounted, checked, users: _ }) = self.parts.remove(&key(range)) else { return };
         if let Some(path) = mounted {
             if let Err(error) = umount2(&path, MntFlags::MNT_DETACH) {
                 crate::kmsg::say(&format!("cannot unmount {}: {error}", path.display()));
+            }
+            if let Some(Err(error)) = checked.map(|checked| checked.close()) {
+                crate::kmsg::say(&format!("cannot take the check of {} away: {error}", path.display()));
             }
             // It comes back if the directory is needed again.
             drop(fs::remove_dir(&path));
@@ -157,7 +195,7 @@ impl Disk {
         PathBuf::from(format!("{disk}{infix}{partition}"))
     }
 
-    fn add(&mut self, range: DiskRange) -> Result<i32, DiskError> {
+    fn add(&mut self, range: &DiskRange) -> Result<i32, DiskError> {
         for partition in std::mem::take(&mut self.leaving) {
             self.delete(partition);
         }
@@ -181,25 +219,23 @@ impl Disk {
             Err(_) => self.leaving.push(partition),
         }
     }
-
-    fn mount(&self, partition: i32, target: &Path, kind: &'static str, flags: MsFlags) -> Result<(), DiskError> {
-        let device = self.device(partition);
-        let flags = flags | MsFlags::MS_NODEV | MsFlags::MS_NOSUID;
-        mount(Some(&device), target, Some(kind), flags, None::<&str>)
-            .map_err(|error| self.mount_error(partition, kind, error.into()))
-    }
-
-    fn mount_error(&self, partition: i32, kind: &'static str, source: io::Error) -> DiskError {
-        DiskError::Mount { device: self.device(partition), kind, source }
-    }
 }
 
-fn key(range: DiskRange) -> (u64, u64) {
+fn mount_device(device: PathBuf, target: &Path, kind: &'static str, flags: MsFlags) -> Result<(), DiskError> {
+    let flags = flags | MsFlags::MS_NODEV | MsFlags::MS_NOSUID;
+    mount(Some(&device), target, Some(kind), flags, None::<&str>).map_err(|error| DiskError::Mount {
+        device,
+        kind,
+        source: error.into(),
+    })
+}
+
+fn key(range: &DiskRange) -> (u64, u64) {
     (range.first_sector, range.sectors)
 }
 
 /// Start and length in bytes, as the kernel's interface wants them.
-fn bytes(range: DiskRange) -> Result<(i64, i64), DiskError> {
+fn bytes(range: &DiskRange) -> Result<(i64, i64), DiskError> {
     let byte = |sectors: u64| sectors.checked_mul(SECTOR).and_then(|bytes| i64::try_from(bytes).ok());
     let end = range.first_sector.checked_add(range.sectors).and_then(byte);
     match (byte(range.first_sector), byte(range.sectors), end) {
@@ -220,7 +256,7 @@ mod tests {
 
     #[test]
     fn ranges_that_cannot_be_are_refused() {
-        let range = |first_sector, sectors| bytes(DiskRange { first_sector, sectors });
+        let range = |first_sector, sectors| bytes(&DiskRange { first_sector, sectors, verity: None });
         assert_eq!(range(2048, 8).ok(), Some((1 << 20, 4096)));
         for (first, sectors) in [(0, 0), (u64::MAX, 1), (1 << 54, 1 << 54), (1, u64::MAX)] {
             assert!(range(first, sectors).is_err(), "{first} {sectors}");

@@ -36,6 +36,7 @@ mod time;
 mod transport;
 mod userns;
 mod users;
+mod verity;
 
 use std::error::Error;
 use std::fs;

@@ -4,13 +4,14 @@
 //! every later path, with whatever symbolic links the image has, is resolved inside it.
 
 use std::ffi::CString;
-use std::fs::{self, DirBuilder, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, lchown, symlink};
 use std::path::{Component, Path, PathBuf};
 
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, SFlag, mknod, umask};
 use nix::unistd::{chdir, pivot_root};
@@ -40,6 +41,8 @@ pub(crate) enum RootError {
 pub(crate) enum Source {
     /// Something of the agent's.
     Path(PathBuf),
+    /// A mounted image, or what is at a path in it.
+    Image { root: PathBuf, sub_path: String },
     /// Fresh guest memory.
     Tmpfs { size: u64, mode: u32 },
 }
@@ -190,8 +193,12 @@ impl Root {
     /// Mounts from the agent's tree, while that can still be seen.
     fn pick_up(&self, users: Option<BorrowedFd<'_>>) -> Result<Vec<Option<OwnedFd>>, RootError> {
         let pick = |mount: &Mount| {
-            let Source::Path(path) = &mount.source else { return Ok(None) };
-            let taken = clone_mount(path).map_err(place("mount", &mount.destination))?;
+            let taken = match &mount.source {
+                Source::Path(path) => clone_mount(path),
+                Source::Image { root, sub_path } => clone_image(root, sub_path),
+                Source::Tmpfs { .. } => return Ok(None),
+            };
+            let taken = taken.map_err(place("mount", &mount.destination))?;
             if let Some(users) = users.filter(|_| mount.mapped) {
                 sys::map_owners(taken.as_fd(), users).map_err(place("show owners mapped", &mount.destination))?;
             }
@@ -269,7 +276,7 @@ impl Mount {
                 sys::attach_mount(source.as_fd(), &path).map_err(failed)
             }
             (Source::Tmpfs { size, mode }, None) => self.mount_tmpfs(*size, *mode, owners),
-            (Source::Path(_), None) => Ok(()),
+            (Source::Path(_) | Source::Image { .. }, None) => Ok(()),
         }
     }
 
@@ -293,6 +300,22 @@ fn is_directory(fd: &OwnedFd) -> io::Result<bool> {
 
 fn clone_mount(path: &Path) -> io::Result<OwnedFd> {
     sys::clone_mount(&CString::new(path.as_os_str().as_bytes())?)
+}
+
+/// What is at a path in an image; symbolic links in it and `..` stay in the image whatever they say.
+pub(crate) fn find_in_image(root: &Path, sub_path: &str) -> io::Result<OwnedFd> {
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS | ResolveFlag::RESOLVE_NO_XDEV);
+    let sub_path = if sub_path.is_empty() { "." } else { sub_path };
+    Ok(openat2(File::open(root)?, sub_path, how)?)
+}
+
+/// That as a mount, for reading alone.
+fn clone_image(root: &Path, sub_path: &str) -> io::Result<OwnedFd> {
+    let taken = sys::clone_open(find_in_image(root, sub_path)?.as_fd())?;
+    sys::mount_for_reading(taken.as_fd())?;
+    Ok(taken)
 }
 
 /// The old root is stacked on the new one and then taken off, so that it needs no place of its own.
@@ -370,6 +393,28 @@ pub(crate) fn bind_console(terminal: &OwnedFd, owners: Owners) -> Result<(), Roo
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_path_in_an_image_never_leaves_it() {
+        let directory = tempfile::tempdir().expect("directory");
+        let root = directory.path().join("image");
+        fs::create_dir_all(root.join("a/b")).expect("made");
+        fs::write(root.join("a/file"), "inside").expect("written");
+        fs::write(directory.path().join("outside"), "outside").expect("written");
+        for (link, target) in [("up", "../outside"), ("abs", "/a/file"), ("far", "/outside"), ("deep", "a/b")] {
+            symlink(target, root.join(link)).expect("link");
+        }
+        let inode = |path: &Path| nix::sys::stat::stat(path).expect("is there").st_ino;
+        let found =
+            |path: &str| find_in_image(&root, path).map(|fd| nix::sys::stat::fstat(&fd).expect("is open").st_ino);
+        assert_eq!(found("").expect("the image"), inode(&root));
+        assert_eq!(found("deep").expect("a directory"), inode(&root.join("a/b")));
+        assert_eq!(found("abs").expect("a file"), inode(&root.join("a/file")));
+        assert_eq!(found("../../a").expect("its root is the root"), inode(&root.join("a")));
+        for path in ["up", "far", "none", "a/file/x", "../outside"] {
+            assert!(found(path).is_err(), "{path}");
+        }
+    }
 
     #[test]
     fn paths_lead_where_their_links_say_even_if_nothing_is_there() {

@@ -123,6 +123,16 @@ pub(crate) fn clone_mount(path: &CStr) -> io::Result<OwnedFd> {
     new_fd(unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) })
 }
 
+/// As [`clone_mount`], of what a descriptor is open on.
+pub(crate) fn clone_open(of: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let flags = libc::OPEN_TREE_CLONE
+        | libc::OPEN_TREE_CLOEXEC
+        | libc::AT_RECURSIVE.cast_unsigned()
+        | libc::AT_EMPTY_PATH.cast_unsigned();
+    // SAFETY: a C string that lives past the call.
+    new_fd(unsafe { libc::syscall(libc::SYS_open_tree, of.as_raw_fd(), c"".as_ptr(), flags) })
+}
+
 /// Attaches a mount made by [`clone_mount`] at `path`.
 pub(crate) fn attach_mount(mount: BorrowedFd<'_>, path: &CStr) -> io::Result<()> {
     let (from, flags) = (c"".as_ptr(), libc::MOVE_MOUNT_F_EMPTY_PATH);
@@ -135,6 +145,11 @@ pub(crate) fn attach_mount(mount: BorrowedFd<'_>, path: &CStr) -> io::Result<()>
 /// Makes every mount of the tree behind `mount` refuse writes.
 pub(crate) fn mount_read_only(mount: BorrowedFd<'_>) -> io::Result<()> {
     set_attributes(mount, libc::MOUNT_ATTR_RDONLY, 0)
+}
+
+/// Makes every mount of the tree behind `mount` refuse writes and executions.
+pub(crate) fn mount_for_reading(mount: BorrowedFd<'_>) -> io::Result<()> {
+    set_attributes(mount, libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOEXEC, 0)
 }
 
 /// Makes every mount of the tree behind `mount`, which is attached nowhere, show owners as those of a user namespace.
@@ -195,6 +210,94 @@ pub(crate) fn add_partition(disk: BorrowedFd<'_>, number: i32, start: i64, lengt
 /// Takes partition `number` away; `EBUSY` while something uses it.
 pub(crate) fn delete_partition(disk: BorrowedFd<'_>, number: i32) -> io::Result<()> {
     blkpg(disk, BLKPG_DEL_PARTITION, number, 0, 0)
+}
+
+/// Something that the kernel's device mapper is to do with a device of a name (linux/dm-ioctl.h).
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum DeviceMapper<'a> {
+    /// Makes one without contents.
+    Create,
+    /// Gives it one read-only target, of so many sectors.
+    Load { sectors: u64, target: &'a str, table: &'a str },
+    /// Makes what was loaded live.
+    Resume,
+    /// Removes it, once nobody uses it any more.
+    Remove,
+}
+
+const DM_DEV_CREATE: c_ulong = 0xc138_fd03;
+const DM_DEV_REMOVE: c_ulong = 0xc138_fd04;
+const DM_DEV_SUSPEND: c_ulong = 0xc138_fd06;
+const DM_TABLE_LOAD: c_ulong = 0xc138_fd09;
+const DM_READONLY_FLAG: u32 = 1 << 0;
+const DM_DEFERRED_REMOVE: u32 = 1 << 17;
+
+/// The lengths of `struct dm_ioctl`'s name and of its end (uuid and padding), and of `struct dm_target_spec`'s type.
+const DM_NAME_LEN: usize = 128;
+const DM_END_LEN: usize = 136;
+const DM_MAX_TYPE_NAME: usize = 16;
+
+/// Longest table that [`device_mapper`] takes, its end in bytes of zero included.
+const DM_TABLE_BYTES: usize = 512;
+
+/// `struct dm_ioctl` with one `struct dm_target_spec` and its table behind it.
+#[repr(C)]
+struct DmRequest {
+    version: [u32; 3],
+    data_size: u32,
+    data_start: u32,
+    target_count: u32,
+    open_count: i32,
+    flags: u32,
+    event_nr: u32,
+    padding: u32,
+    dev: u64,
+    name: [u8; DM_NAME_LEN],
+    end: [u8; DM_END_LEN],
+    sector_start: u64,
+    length: u64,
+    status: i32,
+    next: u32,
+    target_type: [u8; DM_MAX_TYPE_NAME],
+    table: [u8; DM_TABLE_BYTES],
+}
+
+/// `struct dm_ioctl` alone.
+const DM_IOCTL_BYTES: u32 = 312;
+
+/// Copies a text and the zero behind it; an error if it does not fit.
+fn copy_text(to: &mut [u8], text: &str) -> io::Result<()> {
+    let place = to.get_mut(..text.len()).filter(|_| !text.contains('\0'));
+    place.ok_or(io::ErrorKind::InvalidInput)?.copy_from_slice(text.as_bytes());
+    // There is room for the zero, which is there already.
+    if text.len() < to.len() { Ok(()) } else { Err(io::ErrorKind::InvalidInput.into()) }
+}
+
+/// Has the device mapper behind `control` do something with the device `name`; the device's minor number.
+pub(crate) fn device_mapper(control: BorrowedFd<'_>, name: &str, order: DeviceMapper<'_>) -> io::Result<u32> {
+    let size = u32::try_from(size_of::<DmRequest>()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // SAFETY: the structure is plain data for which zero means "not used".
+    let mut request: DmRequest = unsafe { std::mem::zeroed() };
+    (request.version, request.data_size, request.data_start) = ([4, 0, 0], size, DM_IOCTL_BYTES);
+    copy_text(&mut request.name, name)?;
+    let command = match order {
+        DeviceMapper::Create => DM_DEV_CREATE,
+        DeviceMapper::Load { sectors, target, table } => {
+            (request.flags, request.target_count, request.length) = (DM_READONLY_FLAG, 1, sectors);
+            copy_text(&mut request.target_type, target)?;
+            copy_text(&mut request.table, table)?;
+            DM_TABLE_LOAD
+        }
+        DeviceMapper::Resume => DM_DEV_SUSPEND,
+        DeviceMapper::Remove => {
+            request.flags = DM_DEFERRED_REMOVE;
+            DM_DEV_REMOVE
+        }
+    };
+    // SAFETY: the structure has the kernel's layout, its own size is in it, and it lives past the call.
+    check(c_long::from(unsafe { libc::ioctl(control.as_raw_fd(), command, &raw mut request) }))?;
+    // As huge_encode_dev of linux/kdev_t.h packs it.
+    u32::try_from((request.dev & 0xff) | ((request.dev >> 12) & 0x000f_ff00)).map_err(io::Error::other)
 }
 
 /// Most bytes that [`add_entropy`] takes at once.

@@ -250,6 +250,7 @@ fn mounts_show_what_they_should() {
         source,
         read_only,
         mapped: false,
+        image_sub_path: String::new(),
     };
     let script = "cat /etc/hosts /config/sub/key; cat /var/escape/deep; ls /second/bin/busybox; stat -c %a /scratch
         touch /scratch/x && echo rw; touch /config/x 2>/dev/null || echo ro; pwd; stat -c '%a %u' /";

@@ -11,7 +11,7 @@ use crate::cri::proto::{
     ContainerConfig, Device, ImageSpec, LinuxContainerSecurityContext, Mount, MountPropagation, NamespaceMode,
     NamespaceOption, Signal,
 };
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::image::{Image, ImageConfig};
 use crate::spec::{ContainerSpec, DeviceSpec, MountSource, MountSpec, PidNamespace, PodSpec, Rootfs};
 
@@ -111,24 +111,35 @@ fn mount(mount: Mount, pod: &PodSpec, find_image: impl Fn(&str) -> Option<Image>
     }
     let host_to_container = mount.propagation() == MountPropagation::PropagationHostToContainer;
     let source = match mount.image {
-        Some(image) if !mount.image_sub_path.is_empty() => {
-            return refuse(&format!("only all of image {:?} can be mounted: leave out subPath", image.image));
+        Some(_) if !is_inside(&mount.image_sub_path) => {
+            return refuse(&format!("subPath {:?} is no relative path without '..'", mount.image_sub_path));
         }
         Some(image) => match find_image(&image.image) {
             Some(found) => MountSource::Image(found.id),
-            None => return refuse(&format!("image {:?} is not on this node: pull it first", image.image)),
+            None => {
+                let text = format!("mount at {path}: image {:?} is not on this node: pull it first", image.image);
+                return Err(Error::NotFound(text));
+            }
         },
+        None if !mount.image_sub_path.is_empty() => return refuse("it has an image's subPath but no image"),
         None if mount.host_path.is_empty() => return refuse("it has neither host_path nor image"),
         None => MountSource::Host(PathBuf::from(&mount.host_path)),
     };
     Ok(MountSpec {
         host_to_container,
         destination: mount.container_path,
+        // An image can only be read, whatever is asked for.
+        read_only: mount.readonly || matches!(source, MountSource::Image(_)),
         source,
-        read_only: mount.readonly,
+        image_sub_path: mount.image_sub_path,
         recursive_read_only: mount.recursive_read_only,
         mapped,
     })
+}
+
+/// Whether a path leads down from where it begins, or nowhere.
+fn is_inside(path: &str) -> bool {
+    Path::new(path).components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir))
 }
 
 fn device(device: Device) -> DeviceSpec {
@@ -164,6 +175,7 @@ mod tests {
             size: 0,
             config: ImageConfig { cmd: vec!["/run".into()], stop_signal: "SIGQUIT".into(), ..Default::default() },
             disks: Vec::new(),
+            verity: None,
             pinned: false,
         }
     }
@@ -235,7 +247,9 @@ mod tests {
         assert_eq!(with_mount(volume).expect("valid").mounts[0].source, MountSource::Image("sha256:1".into()));
         for (bad, word) in [
             (Mount { image: image("none"), ..host.clone() }, "pull it"),
-            (Mount { image: image("data"), image_sub_path: "x".into(), ..host.clone() }, "subPath"),
+            (Mount { image: image("data"), image_sub_path: "x/../../y".into(), ..host.clone() }, "subPath"),
+            (Mount { image: image("data"), image_sub_path: "/x".into(), ..host.clone() }, "subPath"),
+            (Mount { image_sub_path: "x".into(), ..host.clone() }, "no image"),
             (Mount { container_path: "data".into(), ..host.clone() }, "absolute"),
             (Mount { host_path: String::new(), ..host.clone() }, "neither"),
             (Mount { uid_mappings: vec![IdMapping::default()], ..host.clone() }, "user namespace"),

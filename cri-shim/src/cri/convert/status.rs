@@ -171,7 +171,10 @@ fn mount(mount: &MountSpec) -> proto::Mount {
     }
     match &mount.source {
         MountSource::Host(path) => wire.host_path = path.display().to_string(),
-        MountSource::Image(id) => wire.image = Some(ImageSpec { image: id.clone(), ..ImageSpec::default() }),
+        MountSource::Image(id) => {
+            wire.image = Some(ImageSpec { image: id.clone(), image_ref: id.clone(), ..ImageSpec::default() });
+            wire.image_sub_path.clone_from(&mount.image_sub_path);
+        }
         MountSource::Tmpfs { .. } => {}
     }
     wire

@@ -27,14 +27,15 @@ fn layer(plain: &[u8], packed: Vec<u8>, announced: &[u8]) -> Layer {
     Layer { digest, diff_id: Digest::of(plain), blob: Box::new(Verified::new(io::Cursor::new(packed), check)) }
 }
 
-fn disk(layers: Vec<Layer>) -> Result<Vec<u8>, Error> {
+/// The file that comes of it, and by what it is checked.
+fn disk(layers: Vec<Layer>) -> Result<(Vec<u8>, Verity), Error> {
     use std::io::Seek;
     let mut file = tempfile::tempfile().unwrap();
-    convert(layers, file.try_clone().unwrap(), [0; 16], 1 << 20)?;
+    let verity = convert(layers, file.try_clone().unwrap(), [0; 16], 1 << 20)?;
     let mut bytes = vec![];
     file.rewind().unwrap();
     file.read_to_end(&mut bytes).unwrap();
-    Ok(bytes)
+    Ok((bytes, verity))
 }
 
 #[test]
@@ -54,7 +55,10 @@ fn every_packing_gives_the_same_disk() {
     let disks: Vec<_> =
         packings.iter().map(|packed| disk(vec![layer(&plain, packed.clone(), packed)]).unwrap()).collect();
     assert!(disks.windows(2).all(|pair| pair[0] == pair[1]));
-    assert_eq!(reader::read(&disks[0])[b"file".as_slice()].data, [9; 30_000]);
+    let (bytes, verity) = &disks[0];
+    let data = usize::try_from(verity.data_blocks * 4096).unwrap();
+    assert_eq!(bytes.len(), data + 4096, "the image, and its few hashes");
+    assert_eq!(reader::read(&bytes[..data])[b"file".as_slice()].data, [9; 30_000]);
 }
 
 #[test]

@@ -39,11 +39,11 @@ pub(crate) struct Pod {
 }
 
 pub(crate) fn image() -> v1::DiskRange {
-    v1::DiskRange { first_sector: IMAGE_AT / SECTOR, sectors: (SCRATCH_AT - IMAGE_AT) / SECTOR }
+    v1::DiskRange { first_sector: IMAGE_AT / SECTOR, sectors: (SCRATCH_AT - IMAGE_AT) / SECTOR, verity: None }
 }
 
 pub(crate) fn scratch() -> v1::DiskRange {
-    v1::DiskRange { first_sector: SCRATCH_AT / SECTOR, sectors: (DISK - SCRATCH_AT) / SECTOR }
+    v1::DiskRange { first_sector: SCRATCH_AT / SECTOR, sectors: (DISK - SCRATCH_AT) / SECTOR, verity: None }
 }
 
 /// Waits until `check` gives something.
