@@ -338,7 +338,14 @@ pub(crate) mod tests {
             assert!(first_sector >= last_end && first_sector % EXTENT_ALIGN == 0);
             assert!(sectors * 512 >= bytes && sectors * 512 < bytes + 4096);
             last_end = first_sector + sectors;
-            record.disks.push(DiskRecord { first_sector, sectors, file: "/x".into(), image: None, volume: None, verity: None });
+            record.disks.push(DiskRecord {
+                first_sector,
+                sectors,
+                file: "/x".into(),
+                image: None,
+                volume: None,
+                verity: None,
+            });
         }
         assert_eq!(record.free_extent(0), None);
         assert_eq!(record.free_extent(vmm_control::POD_DISK_BYTES), None);

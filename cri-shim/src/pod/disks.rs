@@ -41,13 +41,7 @@ impl Owner {
         Ok(())
     }
 
-    async fn map_image_disk(
-        &mut self,
-        image: &str,
-        file: PathBuf,
-        open: &File,
-        verity: Option<Verity>,
-    ) -> Result<()> {
+    async fn map_image_disk(&mut self, image: &str, file: PathBuf, open: &File, verity: Option<Verity>) -> Result<()> {
         let bytes = open.metadata().doing(|| format!("looking at {}", file.display()))?.len();
         let (first_sector, sectors) = self.record.free_extent(bytes).ok_or_else(no_room)?;
         let image = Some(image.to_owned());

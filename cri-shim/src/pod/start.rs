@@ -76,7 +76,14 @@ fn plan(context: &Context, id: String, spec: PodSpec) -> Result<Record> {
     let size = size(&spec, config, context.host)?;
     let cgroup = cgroup::leaf(&spec.cgroup_parent, &config.cgroup_parent, &id)?;
     let sectors = config.scratch_bytes / PAGE_BYTES * (PAGE_BYTES / SECTOR_BYTES);
-    let scratch = DiskRecord { first_sector: 0, sectors, file: config.scratch_file(&id), image: None, volume: None, verity: None };
+    let scratch = DiskRecord {
+        first_sector: 0,
+        sectors,
+        file: config.scratch_file(&id),
+        image: None,
+        volume: None,
+        verity: None,
+    };
     Ok(Record {
         version: RECORD_VERSION,
         id,
