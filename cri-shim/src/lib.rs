@@ -12,6 +12,7 @@ pub mod error;
 pub mod image;
 mod kill_point;
 pub mod metrics;
+mod mount_table;
 pub mod network;
 pub mod pod;
 mod process;

@@ -324,6 +324,8 @@ pub struct MountSpec {
 pub enum MountSource {
     /// A file or directory of the host.
     Host(PathBuf),
+    /// Guest memory that the pod's containers share, in place of a tmpfs of the host.
+    Memory(MemoryVolume),
     /// Guest memory; size in bytes, 0 for the kernel's default.
     Tmpfs {
         /// Bytes.
@@ -333,6 +335,25 @@ pub enum MountSource {
     },
     /// An image of the store, by its id.
     Image(String),
+}
+
+/// A volume of memory, or a directory of one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryVolume {
+    /// What was asked for on the host.
+    pub host_path: PathBuf,
+    /// The volume's name, its own in the pod.
+    pub name: String,
+    /// Bytes.
+    pub size: u64,
+    /// Of its root, as in `st_mode`.
+    pub mode: u32,
+    /// Owner of its root.
+    pub uid: u32,
+    /// Group of its root.
+    pub gid: u32,
+    /// Which directory or file of it; empty is all of it.
+    pub sub_path: String,
 }
 
 /// A device of a container.

@@ -5,13 +5,14 @@
 use std::ffi::CString;
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use nix::errno::Errno;
 use nix::sys::stat::{SFlag, fstat};
 
 use crate::error::{Error, IoContext, Result};
+use crate::mount_table;
 use crate::spec::MountSpec;
 
 /// A mount that is attached nowhere: it is gone once this is dropped.
@@ -52,34 +53,7 @@ pub(crate) fn refusal(source: &Path) -> Error {
 /// Whether the host has mounted something below a directory.
 pub(crate) fn has_mounts_below(directory: &Path) -> Result<bool> {
     let directory = fs::canonicalize(directory).doing(|| format!("looking for {}", directory.display()))?;
-    let table = fs::read("/proc/self/mountinfo").doing(|| "reading /proc/self/mountinfo")?;
-    Ok(mount_points(&table).any(|point| point != directory && point.starts_with(&directory)))
-}
-
-/// Field 5 of each line (proc(5)), in which white space and backslashes are three octal digits.
-fn mount_points(table: &[u8]) -> impl Iterator<Item = PathBuf> {
-    table.split(|byte| *byte == b'\n').filter_map(|line| {
-        let field = line.split(|byte| *byte == b' ').nth(4)?;
-        let mut bytes = Vec::with_capacity(field.len());
-        let mut rest = field;
-        while let Some((&byte, after)) = rest.split_first() {
-            let escaped = match rest {
-                [b'\\', digits @ ..] => digits.get(..3).and_then(|digits| std::str::from_utf8(digits).ok()),
-                _ => None,
-            };
-            match escaped.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
-                Some(plain) => {
-                    bytes.push(plain);
-                    rest = rest.get(4..).unwrap_or_default();
-                }
-                None => {
-                    bytes.push(byte);
-                    rest = after;
-                }
-            }
-        }
-        Some(PathBuf::from(std::ffi::OsString::from_vec(bytes)))
-    })
+    Ok(mount_table::read()?.iter().any(|mount| mount.point != directory && mount.point.starts_with(&directory)))
 }
 
 fn open_tree(source: &Path) -> nix::Result<OwnedFd> {
@@ -112,13 +86,6 @@ fn set(mount: BorrowedFd<'_>, recursive: libc::c_int, attributes: u64, propagati
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn mount_points_are_read_with_their_spaces() {
-        let table = b"24 30 0:22 / /sys rw - sysfs sysfs rw\n25 30 0:5 / /a\\040b\\134c/d rw - tmpfs x rw\n";
-        let points: Vec<_> = mount_points(table).collect();
-        assert_eq!(points, [Path::new("/sys"), Path::new("/a b\\c/d")]);
-    }
 
     #[test]
     fn a_directory_with_a_mount_below_is_told_from_one_without() {

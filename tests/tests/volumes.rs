@@ -283,3 +283,50 @@ fn what_cannot_be_shared_is_refused_with_the_reason() {
     }
     node.remove_pod(&pod);
 }
+
+#[test]
+fn memory_is_the_guests_and_counts_against_its_containers() {
+    let node = pulled();
+    // As a kubelet makes them: the volume, and a directory of it for a subPath.
+    let volume = Volume::new(&node, "kubernetes.io~empty-dir");
+    let (whole, part) = (volume.file("cache"), volume.file("part"));
+    let text = |path: &Path| path.to_str().expect("a plain path").to_owned();
+    for path in [&whole, &part] {
+        fs::create_dir(path).expect("the test's directory is writable");
+    }
+    mount_host(&["mount", "-t", "tmpfs", "-o", "size=48m,mode=1777", "tmpfs", &text(&whole)]);
+    fs::create_dir(whole.join("a")).expect("a tmpfs is writable");
+    mount_host(&["mount", "--bind", &text(&whole.join("a")), &text(&part)]);
+    let mounts = json!([{"container_path": "/cache", "host_path": text(&whole)}]);
+    let first = Shared::start(&node, "memory", &mounts);
+    assert_eq!(first.run("stat -c %a /cache; mkdir -p /cache/a; echo kept > /cache/a/file"), "1777");
+    assert!(first.run("df -k /cache").contains(" 49152 "), "{}", first.run("df -k /cache"));
+    // Another container of the pod has a directory of it, and the host has nothing.
+    let mounts = json!([{"container_path": "/part", "host_path": text(&part)}]);
+    let second = Shared::create(&node, &first.pod, "memory", "second", &mounts);
+    node.crictl(["start", &second]).ok();
+    assert_eq!(node.crictl(["exec", "--sync", &second, "cat", "/part/file"]).ok(), "kept");
+    assert!(!whole.join("a/file").exists(), "it is on the host");
+    let said = &node.inspect_container(&second)["status"]["mounts"];
+    assert_eq!((&said[0]["containerPath"], &said[0]["hostPath"]), (&json!("/part"), &json!(text(&part))), "{said}");
+
+    // What a container keeps there is its own memory.
+    let config = json!({
+        "mounts": [{"container_path": "/cache", "host_path": text(&whole)}],
+        "linux": {"resources": {"memory_limit_in_bytes": 24 << 20}},
+    });
+    let command = ["dd", "if=/dev/zero", "of=/cache/large", "bs=1M", "count=40"];
+    let config = node.container_config("hog", image::BUSYBOX, &command, &config);
+    let pod_config = node.pod_config("memory", &json!({}));
+    let hog = node.crictl(["create", "--no-pull", &first.pod, &text(&config), &text(&pod_config)]).ok();
+    node.crictl(["start", &hog]).ok();
+    wait_until("the container to be killed", || node.inspect_container(&hog)["status"]["state"] == "CONTAINER_EXITED");
+    assert_eq!(node.inspect_container(&hog)["status"]["reason"], "OOMKilled");
+    // A volume that is full is full.
+    let full = first.fails("dd if=/dev/zero of=/cache/more bs=1M count=60");
+    assert!(full.contains("No space left on device"), "{full}");
+    node.remove_pod(&first.pod);
+    for path in [&part, &whole] {
+        mount_host(&["umount", &text(path)]);
+    }
+}

@@ -12,9 +12,9 @@ use agent_protocol::v1;
 use vmm_control::Command;
 
 use super::context::blocking;
-use super::message;
 use super::owner::Owner;
 use super::status::ContainerUser;
+use super::{memory, message};
 use crate::agent::{Answer, Call};
 use crate::clock;
 use crate::control;
@@ -49,6 +49,7 @@ impl Owner {
             return Err(Error::AlreadyExists(text));
         }
         let log = self.plan_log(&spec)?;
+        let spec = blocking(move || memory::replace(spec)).await?;
         let shares = self.plan_shares(&spec).await?;
         let Rootfs::Image(image_id) = spec.rootfs.clone();
         let life = Life::Creating;

@@ -9,7 +9,8 @@ use crate::network::{Attachment, INTERFACE};
 use crate::pod::files;
 use crate::record::{ContainerRecord, DiskRecord, Record};
 use crate::spec::{
-    ContainerSpec, Dns, IdMapping, MountSource, PidNamespace, PodSpec, ProcessSpec, Resources, Rootfs, UserMappings,
+    ContainerSpec, Dns, IdMapping, MemoryVolume, MountSource, PidNamespace, PodSpec, ProcessSpec, Resources, Rootfs,
+    UserMappings,
 };
 
 /// The guest's NIC, of which there is one.
@@ -215,6 +216,7 @@ fn mounts(record: &Record, container: &ContainerRecord) -> Result<Vec<v1::Mount>
                     .map(v1::mount::Source::Files)
                     .map_err(|error| error.context(format_args!("mount {destination}")))?,
             },
+            MountSource::Memory(volume) => v1::mount::Source::Memory(memory(volume)),
             MountSource::Tmpfs { size, mode } => v1::mount::Source::Tmpfs(v1::Tmpfs { size_bytes: *size, mode: *mode }),
             MountSource::Image(image) => v1::mount::Source::Image(image_range(record, image)?),
         };
@@ -225,6 +227,11 @@ fn mounts(record: &Record, container: &ContainerRecord) -> Result<Vec<v1::Mount>
     }
     mounts.sort_by_key(|mount| mount.destination.split('/').filter(|name| !name.is_empty()).count());
     Ok(mounts)
+}
+
+fn memory(volume: &MemoryVolume) -> v1::PodMemory {
+    let MemoryVolume { host_path: _, name, size, mode, uid, gid, sub_path } = volume.clone();
+    v1::PodMemory { name, size_bytes: size, mode, uid, gid, sub_path }
 }
 
 /// A volume of the pod's file server.

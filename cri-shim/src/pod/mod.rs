@@ -11,6 +11,7 @@ mod disks;
 mod events;
 mod exec;
 mod files;
+mod memory;
 mod message;
 mod owner;
 mod resize;

@@ -75,11 +75,16 @@ impl Holdings {
                 Some(mount::Source::Tmpfs(tmpfs)) => Source::Tmpfs { size: tmpfs.size_bytes, mode: tmpfs.mode },
                 Some(mount::Source::Image(range)) => {
                     let (root, sub_path) = (image(range, &mut self.0)?, asked.image_sub_path.clone());
-                    rootfs::find_in_image(&root, &sub_path).map_err(|error| {
+                    rootfs::find_below(&root, &sub_path).map_err(|error| {
                         let text = format!("mount at {}: {sub_path:?} of the image: {error}", asked.destination);
                         Fault::new(v1::error::Kind::NotFound, text)
                     })?;
                     Source::Image { root, sub_path }
+                }
+                Some(mount::Source::Memory(volume)) => {
+                    let root = mounts::memory(volume)?;
+                    rootfs::make_below(&root, &volume.sub_path, volume.mode)?;
+                    Source::Memory { root, sub_path: volume.sub_path.clone() }
                 }
                 Some(mount::Source::Files(tree)) => {
                     let home = self.directory(FILES, &plan.id)?;

@@ -6,6 +6,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use agent_protocol::v1;
 use nix::mount::{MsFlags, mount};
 use nix::unistd::{chdir, chroot};
 use thiserror::Error;
@@ -30,6 +31,9 @@ pub(crate) const FILES: &str = "/run/files";
 
 /// Directories of the host, one for each virtio-fs device.
 pub(crate) const SHARED: &str = "/run/shared";
+
+/// The pod's volumes of memory, one directory each.
+const VOLUMES: &str = "/run/volumes";
 
 /// Writable roots of pods without a disk.
 pub(crate) const MEMORY_ROOTS: &str = "/run/roots";
@@ -86,7 +90,7 @@ pub(crate) fn prepare_system(in_guest: bool) -> Result<(), MountError> {
 pub(crate) fn prepare() -> Result<(), MountError> {
     mount_kind("cgroup2", crate::cgroup::ROOT, PLAIN | MsFlags::MS_NODEV, "")?;
     mount_kind("tmpfs", RUN, MsFlags::MS_NOSUID | MsFlags::MS_NODEV, "mode=0700")?;
-    [STAGE, SHM, SCRATCH, IMAGES, FILES, SHARED, MEMORY_ROOTS, EMPTY].into_iter().try_for_each(directory)
+    [STAGE, SHM, SCRATCH, IMAGES, FILES, SHARED, VOLUMES, MEMORY_ROOTS, EMPTY].into_iter().try_for_each(directory)
 }
 
 /// Asks the kernel to look for devices that have been plugged in.
@@ -106,6 +110,23 @@ pub(crate) fn shared(tag: &str) -> Result<PathBuf, MountError> {
     if let Err(error) = mount(Some(tag), &place, Some("virtiofs"), MsFlags::MS_NODEV, None::<&str>) {
         drop(fs::remove_dir(&place));
         return Err(failed(error.into()));
+    }
+    Ok(place)
+}
+
+/// Where a volume of memory is, mounted the first time.
+pub(crate) fn memory(volume: &v1::PodMemory) -> Result<PathBuf, MountError> {
+    let place = below(VOLUMES, &volume.name);
+    if !place.is_dir() {
+        let target = place.to_string_lossy();
+        directory(&target)?;
+        let v1::PodMemory { size_bytes, uid, gid, .. } = volume;
+        let mode = volume.mode & 0o7777;
+        let options = format!("size={size_bytes},mode={mode:o},uid={uid},gid={gid}");
+        if let Err(error) = mount_kind("tmpfs", &target, MsFlags::MS_NOSUID | MsFlags::MS_NODEV, &options) {
+            drop(fs::remove_dir(&place));
+            return Err(error);
+        }
     }
     Ok(place)
 }

@@ -13,7 +13,7 @@ use std::path::{Component, Path, PathBuf};
 
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sys::stat::{Mode, SFlag, mknod, umask};
+use nix::sys::stat::{Mode, SFlag, mkdirat, mknod, umask};
 use nix::unistd::{chdir, pivot_root};
 use thiserror::Error;
 
@@ -43,6 +43,8 @@ pub(crate) enum Source {
     Path(PathBuf),
     /// A mounted image, or what is at a path in it.
     Image { root: PathBuf, sub_path: String },
+    /// A volume of memory, or what is at a path in it.
+    Memory { root: PathBuf, sub_path: String },
     /// Fresh guest memory.
     Tmpfs { size: u64, mode: u32 },
 }
@@ -196,6 +198,9 @@ impl Root {
             let taken = match &mount.source {
                 Source::Path(path) => clone_mount(path),
                 Source::Image { root, sub_path } => clone_image(root, sub_path),
+                Source::Memory { root, sub_path } => {
+                    find_below(root, sub_path).and_then(|found| sys::clone_open(found.as_fd()))
+                }
                 Source::Tmpfs { .. } => return Ok(None),
             };
             let taken = taken.map_err(place("mount", &mount.destination))?;
@@ -276,7 +281,7 @@ impl Mount {
                 sys::attach_mount(source.as_fd(), &path).map_err(failed)
             }
             (Source::Tmpfs { size, mode }, None) => self.mount_tmpfs(*size, *mode, owners),
-            (Source::Path(_) | Source::Image { .. }, None) => Ok(()),
+            (Source::Path(_) | Source::Image { .. } | Source::Memory { .. }, None) => Ok(()),
         }
     }
 
@@ -302,8 +307,8 @@ fn clone_mount(path: &Path) -> io::Result<OwnedFd> {
     sys::clone_mount(&CString::new(path.as_os_str().as_bytes())?)
 }
 
-/// What is at a path in an image; symbolic links in it and `..` stay in the image whatever they say.
-pub(crate) fn find_in_image(root: &Path, sub_path: &str) -> io::Result<OwnedFd> {
+/// What is at a path below a root; symbolic links in it and `..` stay below the root whatever they say.
+pub(crate) fn find_below(root: &Path, sub_path: &str) -> io::Result<OwnedFd> {
     let how = OpenHow::new()
         .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
         .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS | ResolveFlag::RESOLVE_NO_XDEV);
@@ -311,9 +316,27 @@ pub(crate) fn find_in_image(root: &Path, sub_path: &str) -> io::Result<OwnedFd> 
     Ok(openat2(File::open(root)?, sub_path, how)?)
 }
 
+/// Makes the directories on the way to a path below a root, and the path, unless something is there.
+pub(crate) fn make_below(root: &Path, sub_path: &str, mode: u32) -> io::Result<()> {
+    let mut parent = find_below(root, "")?;
+    let mut reached = PathBuf::new();
+    for name in sub_path.split('/').filter(|name| !name.is_empty()) {
+        reached.push(name);
+        let path = reached.to_string_lossy();
+        parent = match find_below(root, &path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                mkdirat(&parent, name, Mode::from_bits_truncate(mode & 0o7777))?;
+                find_below(root, &path)?
+            }
+            found => found?,
+        };
+    }
+    Ok(())
+}
+
 /// That as a mount, for reading alone.
 fn clone_image(root: &Path, sub_path: &str) -> io::Result<OwnedFd> {
-    let taken = sys::clone_open(find_in_image(root, sub_path)?.as_fd())?;
+    let taken = sys::clone_open(find_below(root, sub_path)?.as_fd())?;
     sys::mount_for_reading(taken.as_fd())?;
     Ok(taken)
 }
@@ -405,8 +428,7 @@ mod tests {
             symlink(target, root.join(link)).expect("link");
         }
         let inode = |path: &Path| nix::sys::stat::stat(path).expect("is there").st_ino;
-        let found =
-            |path: &str| find_in_image(&root, path).map(|fd| nix::sys::stat::fstat(&fd).expect("is open").st_ino);
+        let found = |path: &str| find_below(&root, path).map(|fd| nix::sys::stat::fstat(&fd).expect("is open").st_ino);
         assert_eq!(found("").expect("the image"), inode(&root));
         assert_eq!(found("deep").expect("a directory"), inode(&root.join("a/b")));
         assert_eq!(found("abs").expect("a file"), inode(&root.join("a/file")));
@@ -414,6 +436,10 @@ mod tests {
         for path in ["up", "far", "none", "a/file/x", "../outside"] {
             assert!(found(path).is_err(), "{path}");
         }
+        make_below(&root, "deep/new/newer", 0o750).expect("made through a link that stays");
+        assert!(root.join("a/b/new/newer").is_dir());
+        assert!(make_below(&root, "a/file", 0o750).is_ok() && make_below(&root, "far/x", 0o750).is_err());
+        assert!(!directory.path().join("outside/x").exists());
     }
 
     #[test]

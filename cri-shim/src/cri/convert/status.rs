@@ -7,7 +7,7 @@ use super::resources::wire_resources;
 use super::signal;
 use crate::cri::proto::{self, ImageSpec, NamespaceMode, NamespaceOption};
 use crate::pod::{ContainerState, ContainerStatus, ContainerUser, Event, EventKind, PodState, PodStatus};
-use crate::spec::{IdMapping, MountSource, MountSpec, UserMappings};
+use crate::spec::{IdMapping, MemoryVolume, MountSource, MountSpec, UserMappings};
 
 pub(super) fn pod_state(state: PodState) -> proto::PodSandboxState {
     match state {
@@ -170,7 +170,9 @@ fn mount(mount: &MountSpec) -> proto::Mount {
         wire.set_propagation(proto::MountPropagation::PropagationHostToContainer);
     }
     match &mount.source {
-        MountSource::Host(path) => wire.host_path = path.display().to_string(),
+        MountSource::Host(path) | MountSource::Memory(MemoryVolume { host_path: path, .. }) => {
+            wire.host_path = path.display().to_string();
+        }
         MountSource::Image(id) => {
             wire.image = Some(ImageSpec { image: id.clone(), image_ref: id.clone(), ..ImageSpec::default() });
             wire.image_sub_path.clone_from(&mount.image_sub_path);
