@@ -60,8 +60,9 @@ fn locate(table: &[Mount], source: &Path) -> Option<(PathBuf, PathBuf)> {
     let whole =
         |other: &&Mount| other.device == mount.device && other.root == Path::new("/") && is_volume(&other.point);
     let volume = table.iter().find(whole)?;
-    let sub_path = mount.root.strip_prefix("/").ok()?.join(source.strip_prefix(&mount.point).ok()?);
-    Some((volume.point.clone(), sub_path))
+    let (root, below) = (mount.root.strip_prefix("/").ok()?, source.strip_prefix(&mount.point).ok()?);
+    // By components: joining nothing would leave a slash at the end, which only a directory may have.
+    Some((volume.point.clone(), root.components().chain(below.components()).collect()))
 }
 
 #[cfg(test)]
