@@ -111,7 +111,7 @@ fuzz-smoke:
 	cargo_fuzz=$$(tests/cargo-tool cargo-fuzz 0.13.1); PATH=$${cargo_fuzz%/*}:$$PATH; for target in $(FUZZ_TARGETS); do \
 	    cargo fuzz run --fuzz-dir tests/fuzz --sanitizer none $$target -- -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=2048; done
 
-# Kubernetes' own suite for container runtimes, all of it: most of an hour in the lab. FLAGS go to tests/conformance/run.
+# Kubernetes' own suite for container runtimes, all of it: twenty minutes in the lab. FLAGS go to tests/conformance/run.
 conformance: $(ROOT)
 	tests/conformance/run $(FLAGS)
 
