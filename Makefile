@@ -73,7 +73,7 @@ test-host: setup
 	cargo test --locked -p pericarp-tests --test architecture
 
 # Two labs side by side use both cores; the longest comes first.
-LAB_TESTS_A := pod cli kill volumes block images
+LAB_TESTS_A := pod cli kill volumes block images resize
 LAB_TESTS_B := bad_input streaming at_once calls observe bulk kill_points
 LAB_TESTS_SLOW := in_turn kill_points bulk upgrade
 
@@ -104,7 +104,7 @@ lab-b:
 	$(IN_GUEST) $(call in_lab,pericarp-init,containers sessions)
 
 # Each fuzz target for a minute; FUZZ_SECONDS=3600 for longer.
-FUZZ_TARGETS := blk fs net protocol registers ring vsock
+FUZZ_TARGETS := balloon blk fs mem net protocol registers ring vsock
 FUZZ_SECONDS := 60
 
 fuzz-smoke:

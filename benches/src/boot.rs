@@ -1,33 +1,55 @@
 //! From the decision to spawn a VMM to the agent's word that it is ready, on our kernel and behind all of the jail.
 
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::{self, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use cri_shim::image::{Store, StoreConfig};
 use cri_shim::network::{Network, NetworkConfig};
-use cri_shim::pod::{CoreConfig, Pods};
+use cri_shim::pod::{BOOT_MIB, CoreConfig, PodDir, Pods};
 use cri_shim::spawner::Spawner;
 use cri_shim::spec::{NetworkSource, PodIdentity, PodSpec};
-use vmm_control::Event;
+use vmm_control::{Client, Command, Event, EventKind};
 
 use crate::minimal::Minimal;
-use crate::phases::{events, of_agent};
+use crate::phases::{events, find, minstr, now, of_agent};
 use crate::repeat::repeat;
 use crate::report::{Report, Samples};
 use crate::{Place, smaps};
 
 /// Guest memory of the pod that is measured, in MiB: the default of a pod without limits.
-const POD_MIB: u32 = 512;
+pub(crate) const POD_MIB: u32 = 512;
 
 /// The network namespace that stands for what a CNI plugin makes.
 const NETNS: &str = "pericarp-bench";
+
+/// Pods whose start is to cost no more than that of a small one: names of their figures, and guest memory in MiB.
+pub(crate) const LARGE: [(&str, u32); 2] = [("boot.16gib", 16 << 10), ("boot.64gib", 64 << 10)];
+
+/// Longest wait for a guest to plug its memory.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Measures the boots of [`LARGE`].
+pub(crate) async fn measure_large(place: &Place, spawners: [Spawner; 2], report: &mut Report) -> Result<()> {
+    let mut samples = Samples::default();
+    for ((name, mib), spawner) in LARGE.into_iter().zip(spawners) {
+        let pods = open(place, spawner, mib).await?;
+        for pod in repeat(name, place.runs, async || pod(&pods).await).await? {
+            samples.extend(of_agent(name, pod.begun, &pod.events)?);
+            samples.add(format!("{name}.plugged.minstr"), pod.plugged_minstr);
+        }
+    }
+    report.take(samples);
+    Ok(())
+}
 
 /// Measures `boot.own.*` and `vmm.pss_kib`.
 pub(crate) async fn measure_pod(place: &Place, pods: &Pods, report: &mut Report) -> Result<()> {
     let mut samples = Samples::default();
     for pod in repeat("boot.own", place.runs, async || pod(pods).await).await? {
         samples.extend(of_agent("boot.own", pod.begun, &pod.events)?);
+        samples.add("boot.own.plugged.minstr", pod.plugged_minstr);
         samples.add("vmm.pss_kib", pod.vmm_pss_kib);
     }
     report.take(samples);
@@ -46,9 +68,9 @@ pub(crate) async fn measure_minimal(place: &Place, minimal: &Minimal, report: &m
     Ok(())
 }
 
-/// The daemon's core, with a state directory of its own.
-pub(crate) async fn open(place: &Place, spawner: Spawner) -> Result<Pods> {
-    let state_dir = place.work.join("state");
+/// The daemon's core for pods of a size, with a state directory of its own.
+pub(crate) async fn open(place: &Place, spawner: Spawner, memory_mib: u32) -> Result<Pods> {
+    let state_dir = place.work.join(format!("state-{memory_mib}"));
     let network = NetworkConfig {
         conf_dir: place.work.join("no-cni"),
         bin_dirs: vec![place.cni.clone()],
@@ -62,7 +84,7 @@ pub(crate) async fn open(place: &Place, spawner: Spawner) -> Result<Pods> {
         kernel: place.library("vmlinux"),
         initrd: place.library("initrd"),
         cgroup_parent: "/pericarp-bench".into(),
-        default_memory_mib: POD_MIB,
+        default_memory_mib: memory_mib,
         default_vcpus: 1,
         ..CoreConfig::default()
     };
@@ -76,26 +98,38 @@ pub(crate) struct Pod {
     /// What the VMM wrote down.
     pub(crate) events: Vec<Event>,
     vmm_pss_kib: f64,
+    /// From the agent's word to all of its memory being plugged.
+    plugged_minstr: f64,
 }
 
 /// Starts a pod with disk and NIC, looks at it, and removes it. Its network is there already, so that no plugin's work
 /// is counted: the interface is only read and joined to the tap, while the guest boots.
 pub(crate) async fn pod(pods: &Pods) -> Result<Pod> {
     // One that failed may have left its own.
-    let _ = Command::new("ip").args(["netns", "delete", NETNS]).stderr(Stdio::null()).status();
+    let _ = process::Command::new("ip").args(["netns", "delete", NETNS]).stderr(Stdio::null()).status();
     let netns = fill_netns()?;
     let identity =
         PodIdentity { name: "bench".into(), namespace: "default".into(), uid: "bench".into(), ..Default::default() };
     let spec = PodSpec { identity, network: NetworkSource::Netns(netns), ..PodSpec::default() };
     let id = pods.run_pod(spec).await?;
+    let plugged = plugged(&pods.config().pod_dir(&id))?;
     let moments = pods.timeline(&id).await?;
     let begun = moments.iter().find(|moment| moment.name == "prepared").context("the pod's timeline has no begin")?;
     let events = events(&pods.config().pod_dir(&id).events())?;
+    let ready = find(&events, &EventKind::AgentConnected).context("the agent is not ready")?;
+    let plugged_minstr = minstr(ready.at_ns, plugged);
     let vmm = pods.pod(&id)?.vmm_pid.context("the pod has no VMM")?;
-    let vmm_pss_kib = smaps::pss_beyond_guest_kib(vmm, POD_MIB)?;
+    let vmm_pss_kib = smaps::pss_beyond_guest_kib(vmm, BOOT_MIB)?;
     pods.stop_pod(&id).await?;
     pods.remove_pod(&id).await?;
-    Ok(Pod { begun: begun.at_ns, events, vmm_pss_kib })
+    Ok(Pod { begun: begun.at_ns, events, vmm_pss_kib, plugged_minstr })
+}
+
+/// When a guest has all the memory that it was promised.
+fn plugged(dir: &PodDir) -> Result<u64> {
+    let (_directory, path) = dir.reach(&dir.control())?;
+    Client::connect(&path, PATIENCE)?.ask(&Command::AwaitMemory, &[])?;
+    now()
 }
 
 /// A namespace with an `eth0` in it, as a runtime above us would hand it over.
@@ -109,7 +143,7 @@ fn fill_netns() -> Result<PathBuf> {
 }
 
 fn ip(arguments: &[&str]) -> Result<()> {
-    let status = Command::new("ip").args(arguments).status().context("running ip (Debian: iproute2)")?;
+    let status = process::Command::new("ip").args(arguments).status().context("running ip (Debian: iproute2)")?;
     ensure!(status.success(), "ip {}: {status}", arguments.join(" "));
     Ok(())
 }

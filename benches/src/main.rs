@@ -71,6 +71,8 @@ enum Part {
     Plain,
     /// Our kernel and agent, up to the agent's word that it is ready.
     Boot,
+    /// The same for pods with much memory.
+    Large,
     /// Exits by reason and system calls, in boots that are not counted otherwise.
     Exits,
     /// Calls of the CRI.
@@ -94,10 +96,10 @@ impl Place {
 fn main() -> Result<()> {
     let Arguments { place, out, baseline, parts } = Arguments::parse();
     // Before there is a second thread.
-    let spawners = (Spawner::fork()?, Spawner::fork()?);
+    let spawners = (Spawner::fork()?, Spawner::fork()?, [Spawner::fork()?, Spawner::fork()?]);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let mut report = Report::default();
-    let all = [Part::Plain, Part::Boot, Part::Exits, Part::Cri, Part::Rate];
+    let all = [Part::Plain, Part::Boot, Part::Large, Part::Exits, Part::Cri, Part::Rate];
     let parts = if parts.is_empty() { all.to_vec() } else { parts };
     runtime.block_on(measure(&place, &parts, spawners, &mut report))?;
     report.print();
@@ -123,15 +125,27 @@ fn compare(now: &Report, before: &Report, out: &Path) -> Result<()> {
     Ok(())
 }
 
-async fn measure(place: &Place, parts: &[Part], spawners: (Spawner, Spawner), report: &mut Report) -> Result<()> {
-    let minimal = Minimal::new(place, spawners.0)?;
-    let pods = boot::open(place, spawners.1).await?;
+async fn measure(
+    place: &Place,
+    parts: &[Part],
+    spawners: (Spawner, Spawner, [Spawner; 2]),
+    report: &mut Report,
+) -> Result<()> {
+    let (minimal, pods, large) = spawners;
+    let minimal = Minimal::new(place, minimal)?;
+    let mut large = Some(large);
+    let pods = boot::open(place, pods, boot::POD_MIB).await?;
     for part in parts {
         match part {
             Part::Plain => plain::measure(place, report).await?,
             Part::Boot => {
                 boot::measure_minimal(place, &minimal, report).await?;
                 boot::measure_pod(place, &pods, report).await?;
+            }
+            Part::Large => {
+                if let Some(spawners) = large.take() {
+                    boot::measure_large(place, spawners, report).await?;
+                }
             }
             Part::Exits => exits::measure(place, &minimal, &pods, report).await?,
             Part::Cri => cri::measure(place, report).await?,

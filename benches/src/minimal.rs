@@ -116,6 +116,7 @@ impl Minimal {
             cmdline: String::new(),
             vcpus,
             memory_mib: MEMORY_MIB,
+            room_mib: 0,
             console: Console::Ring,
             disks: Vec::new(),
             nets: Vec::new(),

@@ -79,9 +79,8 @@ pub(crate) fn create_path(root: &Path, path: &str) -> Result<PathBuf> {
 
 /// Makes a leaf with its limits and opens it for clone3(2).
 pub(crate) fn create(root: &Path, leaf: &str, limits: Limits) -> Result<OwnedFd> {
-    let at = create_path(root, leaf)?;
-    let memory = limits.guest_bytes.saturating_add(OVERHEAD_BYTES);
-    set(&at, "memory.max", &memory.to_string())?;
+    create_path(root, leaf)?;
+    limit_memory(root, leaf, limits.guest_bytes)?;
     if let Some(cpu) = limits.cpu {
         limit_cpu(root, leaf, cpu)?;
     }
@@ -93,6 +92,12 @@ pub(crate) fn open(root: &Path, leaf: &str) -> Result<OwnedFd> {
     let at = root.join(leaf.trim_start_matches('/'));
     let directory = File::options().read(true).custom_flags(libc::O_DIRECTORY).open(&at);
     Ok(directory.doing(|| format!("opening cgroup {}", at.display()))?.into())
+}
+
+/// Sets what a leaf may use, by its guest's memory.
+pub(crate) fn limit_memory(root: &Path, leaf: &str, guest_bytes: u64) -> Result<()> {
+    let memory = guest_bytes.saturating_add(OVERHEAD_BYTES);
+    set(&root.join(leaf.trim_start_matches('/')), "memory.max", &memory.to_string())
 }
 
 /// Sets a leaf's CFS quota and period in µs.

@@ -26,13 +26,18 @@ pub(crate) async fn run(dir: &PodDir, command: &Command, fds: &[RawFd]) -> Resul
 
 /// Carries out one command and returns its answer, a refusal as an error.
 pub(crate) async fn ask(dir: &PodDir, command: &Command, fds: &[RawFd]) -> Result<Reply> {
+    ask_within(ANSWER_LIMIT, dir, command, fds).await
+}
+
+/// As [`ask`], for what takes the guest some time.
+pub(crate) async fn ask_within(limit: Duration, dir: &PodDir, command: &Command, fds: &[RawFd]) -> Result<Reply> {
     let (_directory, path) = dir.reach(&dir.control())?;
     let conversation = async {
         let socket = watch(open(&path)?)?;
         socket.async_io(Interest::WRITABLE, |socket| wire::send(socket.as_fd(), wire::CONTROL, command, fds)).await?;
         socket.async_io(Interest::READABLE, |socket| wire::recv::<Reply>(socket.as_fd(), wire::CONTROL)).await
     };
-    let answer = tokio::time::timeout(ANSWER_LIMIT, conversation).await;
+    let answer = tokio::time::timeout(limit, conversation).await;
     match answer.map_err(|_| Error::DeadlineExceeded("the VMM does not answer on its control socket".into()))? {
         Ok(Some((Reply::Refused { reason }, _))) => Err(Error::Internal(format!("the VMM refused: {reason}"))),
         Ok(Some((reply, _))) => Ok(reply),

@@ -15,7 +15,7 @@ use thiserror::Error;
 
 use crate::image::Verity;
 use crate::network::Attachment;
-use crate::pod::{ContainerUser, Moment};
+use crate::pod::{ContainerUser, Frame, Moment};
 use crate::process::ProcessRecord;
 use crate::spec::{ContainerSpec, PodSpec};
 
@@ -62,10 +62,13 @@ pub(crate) struct Record {
     pub phase: Phase,
     /// cgroup of the VMM, below the cgroup root; whatever runs there is the pod's.
     pub cgroup: String,
-    /// Guest memory in MiB.
+    /// Guest memory in MiB that it is to have.
     pub memory_mib: u32,
-    /// Virtual CPUs.
+    /// Virtual CPUs that are to be up.
     pub vcpus: u8,
+    /// How its VM was made; one of an older release stays as large as it is.
+    #[serde(default)]
+    pub frame: Option<Frame>,
     /// The VMM, once it is known.
     pub vmm: Option<ProcessRecord>,
     /// What serves its shared directories, once it has any.
@@ -252,6 +255,17 @@ impl Record {
         (sectors > 0 && first.checked_add(sectors)? <= capacity).then_some((first, sectors))
     }
 
+    /// How its VM was made.
+    pub(crate) fn frame(&self) -> Frame {
+        self.frame.unwrap_or(Frame { boot_mib: self.memory_mib, room_mib: 0, vcpus: self.vcpus })
+    }
+
+    /// Sum of the memory limits of the containers that have not ended, in bytes.
+    pub(crate) fn container_limits(&self) -> u64 {
+        let live = self.containers.values().filter(|container| !matches!(container.life, Life::Exited { .. }));
+        live.filter_map(|container| container.spec.resources.memory_limit).fold(0, u64::saturating_add)
+    }
+
     /// A port for one more log, used only once in the life of a pod.
     pub(crate) fn take_log_port(&mut self) -> u32 {
         let port = self.next_log_port.max(FIRST_LOG_PORT);
@@ -274,6 +288,7 @@ pub(crate) mod tests {
             cgroup: "/pericarp/x".into(),
             memory_mib: 512,
             vcpus: 1,
+            frame: None,
             vmm: Some(ProcessRecord { pid: 7, start_time: 9 }),
             file_server: None,
             next_share: 0,

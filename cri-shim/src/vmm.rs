@@ -20,7 +20,7 @@ use vmm_control::{
 };
 
 use crate::error::{Error, IoContext, Result};
-use crate::pod::{CoreConfig, Moment, PodDir};
+use crate::pod::{CoreConfig, Frame, Moment, PodDir};
 use crate::process::{self, ProcessRecord};
 use crate::spawner::{Child, Client, Ended, Kind, Program};
 use crate::watched::watch;
@@ -41,8 +41,7 @@ const BOOT_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 1];
 #[derive(Debug)]
 pub(crate) struct Launch<'a> {
     pub(crate) dir: &'a PodDir,
-    pub(crate) memory_mib: u32,
-    pub(crate) vcpus: u8,
+    pub(crate) frame: Frame,
     pub(crate) cgroup: OwnedFd,
     /// `None` gives the guest no NIC.
     pub(crate) tap: Option<OwnedFd>,
@@ -216,8 +215,9 @@ fn program(config: &CoreConfig, launch: Launch<'_>) -> Result<Program> {
         kernel: fds.give(open(&config.kernel)?),
         initrd: Some(fds.give(open(&config.initrd)?)),
         cmdline: config.kernel_cmdline.clone(),
-        vcpus: launch.vcpus,
-        memory_mib: launch.memory_mib,
+        vcpus: launch.frame.vcpus,
+        memory_mib: launch.frame.boot_mib,
+        room_mib: launch.frame.room_mib,
         console: Console::Ring,
         disks: vec![Disk { capacity_bytes: POD_DISK_BYTES, extents: vec![extent] }],
         nets: launch.tap.map(|tap| Net { tap: fds.give(tap), mac: BOOT_MAC }).into_iter().collect(),

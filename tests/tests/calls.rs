@@ -143,8 +143,6 @@ fn a_pods_limits_change_while_it_runs() {
     resize(&mut client, &pod, 200 * MIB, 50_000).expect("it fits");
     assert!(uses_memory());
 
-    let too_much = resize(&mut client, &pod, 4096 * MIB, 0).expect_err("the VM is smaller");
-    assert_eq!(too_much.code(), Code::ResourceExhausted, "{too_much}");
     let too_little = resize(&mut client, &pod, 4096, 0).expect_err("more is in use");
     assert_eq!(too_little.code(), Code::FailedPrecondition, "{too_little}");
     let nobody = resize(&mut client, "nobody", MIB, 0).expect_err("there is no such pod");

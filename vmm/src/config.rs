@@ -13,10 +13,16 @@ use nix::sys::stat::{FileStat, SFlag, fstat};
 use thiserror::Error;
 use vmm_control::{CONFIG_VERSION, Config, Console, Disk, Extent, Net, exit};
 
+use crate::memory;
+
 /// Most virtual CPUs.
 pub const MOST_VCPUS: u8 = 64;
 /// Least guest memory in MiB.
 pub const LEAST_MEMORY_MIB: u32 = 32;
+/// Most room for memory that is plugged later, in MiB: 1 TiB, which is what the least CPUs address.
+pub const MOST_ROOM_MIB: u32 = 1 << 20;
+/// [`memory::CHUNK`] in MiB.
+const CHUNK_MIB: u32 = (memory::CHUNK / memory::MIB) as u32;
 /// Longest configuration in bytes.
 const MOST_BYTES: u64 = 1 << 20;
 
@@ -38,6 +44,9 @@ pub enum ConfigError {
     /// Too little.
     #[error("memory_mib is {0}; it must be at least {LEAST_MEMORY_MIB}")]
     Memory(u32),
+    /// Not whole chunks, or too much.
+    #[error("room_mib is {0}; it must be a multiple of {CHUNK_MIB} and at most {MOST_ROOM_MIB}")]
+    Room(u32),
     /// Not open.
     #[error("descriptor {fd} for {name} is not open: it must be inherited across exec")]
     Closed {
@@ -95,6 +104,7 @@ pub struct Setup {
     pub cmdline: String,
     pub vcpus: u8,
     pub memory_mib: u32,
+    pub room_mib: u32,
     pub console: Console,
     pub keyboard: Option<File>,
     pub disks: Vec<DiskSetup>,
@@ -122,6 +132,9 @@ fn check(config: Config) -> Result<Setup, ConfigError> {
     if config.memory_mib < LEAST_MEMORY_MIB {
         return Err(ConfigError::Memory(config.memory_mib));
     }
+    if config.room_mib > MOST_ROOM_MIB || !config.room_mib.is_multiple_of(CHUNK_MIB) {
+        return Err(ConfigError::Room(config.room_mib));
+    }
     let mut fds = Inherited::default();
     let keyboard = match config.console {
         Console::Serial { input } => input.map(|fd| fds.take("console input", fd, Kind::Any)).transpose()?,
@@ -134,6 +147,7 @@ fn check(config: Config) -> Result<Setup, ConfigError> {
         cmdline: config.cmdline,
         vcpus: config.vcpus,
         memory_mib: config.memory_mib,
+        room_mib: config.room_mib,
         console: config.console,
         keyboard: keyboard.map(File::from),
         disks: config.disks.into_iter().map(|disk| fds.take_disk(disk)).collect::<Result<_, _>>()?,
@@ -253,6 +267,8 @@ mod tests {
             (json(3, 4, "").replace("vcpus\":1", "vcpus\":65"), "vcpus"),
             (json(3, 4, "").replace("vcpus\":1", "vcpus\":0"), "vcpus"),
             (json(3, 4, "").replace("64}", "31}"), "memory_mib"),
+            (json(3, 4, r#","room_mib":64"#), "room_mib"),
+            (json(3, 4, r#","room_mib":1048704"#), "room_mib"),
             (json(3, 4, r#","surprise":1"#), "not valid"),
             ("{".to_owned(), "not valid"),
         ] {

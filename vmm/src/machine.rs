@@ -10,6 +10,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
+use kvm_ioctls::VmFd;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use thiserror::Error;
@@ -23,19 +24,22 @@ use crate::control::Server;
 use crate::counters::Counters;
 use crate::describe;
 use crate::events::Events;
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, MIB, Room};
 use crate::notes::{End, Note, Notes, Notifier, now};
 use crate::vcpu::Cpus;
 use crate::virtio::counters::Snapshot;
 use crate::virtio::device::{Backend, DeviceInfo};
 use crate::virtio::poller::{Poller, Wait};
 use crate::virtio::transport::{TransportError, VirtioPci};
-use crate::virtio::{blk, fs, net, rng, vsock};
+use crate::virtio::{balloon, blk, fs, mem, net, rng, vsock};
 
 const NOTES: u64 = 0;
 const SIGNALS: u64 = 1;
 const LISTENER: u64 = 2;
 const FIRST_CONNECTION: u64 = 16;
+
+/// Most clients that wait for the guest's memory at once.
+const MOST_WAITING: usize = 16;
 
 /// Why a device cannot be had.
 #[derive(Debug, Error)]
@@ -52,6 +56,9 @@ pub enum DeviceSetupError {
     /// The bus.
     #[error(transparent)]
     Transport(#[from] TransportError),
+    /// A size of memory.
+    #[error(transparent)]
+    Memory(#[from] mem::RequestError),
 }
 
 impl DeviceSetupError {
@@ -60,7 +67,7 @@ impl DeviceSetupError {
         match self {
             Self::Disk(_) => exit::BAD_CONFIG,
             Self::Tap(_) | Self::Fs(_) => exit::BAD_FD,
-            Self::Transport(_) => exit::INTERNAL,
+            Self::Transport(_) | Self::Memory(_) => exit::INTERNAL,
         }
     }
 }
@@ -68,11 +75,15 @@ impl DeviceSetupError {
 /// The devices of a VM, and how to reach those that take commands or count.
 pub struct Devices {
     bus: Arc<Bus>,
+    vm: Arc<VmFd>,
     ram: GuestRam,
     notifier: Notifier,
     disks: Vec<blk::Handle>,
     nets: usize,
     shares: usize,
+    /// Once there is one, with its place on the bus.
+    mem: Option<(usize, mem::Handle)>,
+    balloon: bool,
     vsock: Option<vsock::Handle>,
     meters: Vec<(String, Meter)>,
 }
@@ -81,8 +92,20 @@ type Meter = Box<dyn Fn() -> Snapshot>;
 
 impl Devices {
     /// No devices yet.
-    pub fn new(bus: Arc<Bus>, ram: GuestRam, notifier: Notifier) -> Self {
-        Self { bus, ram, notifier, disks: Vec::new(), nets: 0, shares: 0, vsock: None, meters: Vec::new() }
+    pub fn new(bus: Arc<Bus>, vm: Arc<VmFd>, ram: GuestRam, notifier: Notifier) -> Self {
+        Self {
+            bus,
+            vm,
+            ram,
+            notifier,
+            disks: Vec::new(),
+            nets: 0,
+            shares: 0,
+            mem: None,
+            balloon: false,
+            vsock: None,
+            meters: Vec::new(),
+        }
     }
 
     /// Plugs in the vsock.
@@ -91,7 +114,7 @@ impl Devices {
         let ready = move || notifier.tell(Note::AgentConnected);
         let (info, backend, handle) = vsock::device(listener.into(), ready).map_err(TransportError::from)?;
         self.vsock = Some(handle.clone());
-        self.plug(info, Box::new(backend), Box::new(move || handle.counters()))
+        self.plug(info, Box::new(backend), Box::new(move || handle.counters())).map(drop)
     }
 
     /// Plugs in a disk.
@@ -99,35 +122,72 @@ impl Devices {
         let name = format!("disk{}", self.disks.len());
         let (info, backend, handle) = blk::device(name, disk.capacity_bytes, disk.extents)?;
         self.disks.push(handle.clone());
-        self.plug(info, Box::new(backend), Box::new(move || handle.counters()))
+        self.plug(info, Box::new(backend), Box::new(move || handle.counters())).map(drop)
     }
 
     /// Plugs in a network interface.
     pub fn add_net(&mut self, net: Net, tap: OwnedFd) -> Result<(), DeviceSetupError> {
         let (info, backend, handle) = net::device(format!("net{}", self.nets), tap.into(), net.mac)?;
         self.nets += 1;
-        self.plug(info, Box::new(backend), Box::new(move || handle.counters()))
+        self.plug(info, Box::new(backend), Box::new(move || handle.counters())).map(drop)
     }
 
     /// Plugs in a shared directory.
     pub fn add_fs(&mut self, tag: &str, server: OwnedFd) -> Result<(), DeviceSetupError> {
         let (info, backend, handle) = fs::device(format!("fs{}", self.shares), tag, server)?;
         self.shares += 1;
-        self.plug(info, Box::new(backend), Box::new(move || handle.counters()))
+        self.plug(info, Box::new(backend), Box::new(move || handle.counters())).map(drop)
+    }
+
+    /// Asks the guest to have so much memory beyond what it booted with; the devices for that are plugged in with the
+    /// first call.
+    fn set_memory(&mut self, mib: u32) -> Result<(), DeviceSetupError> {
+        if !self.balloon {
+            let (info, backend, handle) = balloon::device();
+            self.plug(info, Box::new(backend), Box::new(move || handle.counters()))?;
+            self.balloon = true;
+        }
+        if self.mem.is_none() && self.ram.room.1 > 0 {
+            let notifier = self.notifier.clone();
+            let settled = move || notifier.tell(Note::MemorySettled);
+            let room = Room::new(Arc::clone(&self.vm), &self.ram);
+            let (info, backend, handle) =
+                mem::device(self.ram.room, Box::new(room), settled).map_err(TransportError::from)?;
+            let ours = handle.clone();
+            let slot = self.plug(info, Box::new(backend), Box::new(move || handle.counters()))?;
+            self.mem = Some((slot, ours));
+        }
+        match &self.mem {
+            Some((slot, handle)) => {
+                handle.request(u64::from(mib) * MIB)?;
+                self.bus.pci().with(*slot, |device, _| device.config_changed());
+                Ok(())
+            }
+            None if mib == 0 => Ok(()),
+            None => Err(mem::RequestError::Refused.into()),
+        }
+    }
+
+    /// What the guest has beyond what it booted with.
+    fn memory(&self) -> Result<mem::Plugged, DeviceSetupError> {
+        match &self.mem {
+            Some((_, handle)) => Ok(handle.look()?),
+            None => Ok(mem::Plugged { bytes: 0, settled: true }),
+        }
     }
 
     /// Plugs in the entropy device.
     pub fn add_rng(&mut self) -> Result<(), DeviceSetupError> {
         let (info, backend, handle) = rng::device();
-        self.plug(info, Box::new(backend), Box::new(move || handle.counters()))
+        self.plug(info, Box::new(backend), Box::new(move || handle.counters())).map(drop)
     }
 
-    fn plug(&mut self, info: DeviceInfo, backend: Box<dyn Backend>, meter: Meter) -> Result<(), DeviceSetupError> {
+    fn plug(&mut self, info: DeviceInfo, backend: Box<dyn Backend>, meter: Meter) -> Result<usize, DeviceSetupError> {
         let (name, memory, notifier) = (info.name.clone(), Arc::clone(&self.ram.memory), self.notifier.clone());
         let make = |place, irqs: &mut _| VirtioPci::new(info, backend, place, irqs, memory, notifier);
-        self.bus.pci().plug::<TransportError>(make)?;
+        let slot = self.bus.pci().plug::<TransportError>(make)?;
         self.meters.push((name, meter));
-        Ok(())
+        Ok(slot)
     }
 
     /// What each device has counted, under its name.
@@ -146,6 +206,8 @@ pub struct Machine<'e> {
     counters: Counters,
     events: &'e mut Events,
     server: Server,
+    /// Clients that wait for the guest's memory to be as asked for.
+    waiting_for_memory: Vec<u64>,
     state: State,
     /// State to which [`Command::Resume`] leads.
     before_pause: State,
@@ -168,6 +230,7 @@ impl<'e> Machine<'e> {
             counters,
             events,
             server: Server::new(control, FIRST_CONNECTION),
+            waiting_for_memory: Vec::new(),
             state: State::Booting,
             before_pause: State::Booting,
             booted: false,
@@ -223,6 +286,7 @@ impl<'e> Machine<'e> {
                     let state = if self.state == State::Paused { &mut self.before_pause } else { &mut self.state };
                     *state = State::Running;
                 }
+                Note::MemorySettled => self.answer_memory(),
                 Note::DeviceStopped { slot } => self.devices.bus.pci().with(slot, VirtioPci::finish_reset),
                 Note::DeviceFailed { slot, device, reason } => {
                     self.devices.bus.pci().with(slot, |device, _| device.needs_reset());
@@ -263,6 +327,13 @@ impl<'e> Machine<'e> {
                 return Some(ShutdownReason::Requested);
             }
             Command::Subscribe => self.server.subscribe(token, self.events.past()),
+            Command::AwaitMemory => {
+                // The first to have come is the first to be forgotten.
+                let many = self.waiting_for_memory.len() >= MOST_WAITING;
+                self.waiting_for_memory.drain(..usize::from(many));
+                self.waiting_for_memory.push(token);
+                self.answer_memory();
+            }
             command => {
                 let reply = self.obey(&command, fds).unwrap_or_else(|reason| Reply::Refused { reason });
                 self.server.send(token, reply);
@@ -293,13 +364,30 @@ impl<'e> Machine<'e> {
             Command::AddFs { ref tag } => {
                 self.devices.add_fs(tag, one(fds)?).map_err(|error| describe(&error))?;
             }
+            Command::SetMemory { mib } => self.devices.set_memory(mib).map_err(|error| describe(&error))?,
+            Command::Memory => return self.devices.memory().map(memory_reply).map_err(|error| describe(&error)),
             Command::SetSink { port } => {
                 self.vsock()?.set_sink(port, one(fds)?.into()).map_err(|error| describe(&error))?;
             }
             Command::RemoveSink { port } => self.vsock()?.remove_sink(port).map_err(|error| describe(&error))?,
-            Command::Shutdown | Command::Subscribe => return Err("not to be answered here".into()),
+            Command::Shutdown | Command::Subscribe | Command::AwaitMemory => {
+                return Err("not to be answered here".into());
+            }
         }
         Ok(Reply::Done)
+    }
+
+    /// Answers those who wait for the guest's memory, if it is as asked for. One that has gone away hears nothing; tokens
+    /// are never used again.
+    fn answer_memory(&mut self) {
+        let reply = match self.devices.memory() {
+            Ok(plugged) if !plugged.settled => return,
+            Ok(plugged) => memory_reply(plugged),
+            Err(error) => Reply::Refused { reason: describe(&error) },
+        };
+        for token in self.waiting_for_memory.drain(..) {
+            self.server.send(token, reply.clone());
+        }
     }
 
     fn pause(&mut self) -> Result<(), String> {
@@ -354,6 +442,10 @@ fn one(fds: Vec<OwnedFd>) -> Result<OwnedFd, String> {
     let [fd] = <[OwnedFd; 1]>::try_from(fds)
         .map_err(|fds| format!("{} descriptors came beside the command, it takes 1", fds.len()))?;
     Ok(fd)
+}
+
+fn memory_reply(plugged: mem::Plugged) -> Reply {
+    Reply::Memory { mib: u32::try_from(plugged.bytes / MIB).unwrap_or(u32::MAX) }
 }
 
 fn exit_code(reason: &ShutdownReason) -> i32 {

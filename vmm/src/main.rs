@@ -79,13 +79,13 @@ fn boot(setup: Setup, events: &mut Events) -> Result<i32, StartError> {
     let serial = matches!(setup.console, Console::Serial { .. });
     let host = Host::new(setup.kvm)?;
     let vm = host.create_vm(serial)?;
-    let ram = GuestRam::new(&vm, setup.memory_mib)?;
+    let ram = GuestRam::new(&vm, setup.memory_mib, setup.room_mib)?;
     let window = memory::read_only_window(&vm)?;
 
     // What the guest finds in memory, and its CPUs at the kernel's entry.
     cpu::write_boot_tables(&ram.memory).map_err(LoadError::from)?;
     let acpi_root = acpi::write(&ram.memory, setup.vcpus, serial).map_err(LoadError::from)?;
-    let command_line = command_line(&setup.cmdline, serial, setup.vsock.is_some());
+    let command_line = command_line(&setup.cmdline, serial, setup.vsock.is_some(), setup.room_mib > 0);
     let seed = loader::seed()?;
     let image = Image { kernel: setup.kernel, initrd: setup.initrd, command_line: &command_line, seed, acpi_root };
     let loaded = loader::load(&ram, image)?;
@@ -102,7 +102,7 @@ fn boot(setup: Setup, events: &mut Events) -> Result<i32, StartError> {
     let port = serial.then(|| open_serial(&vm, setup.keyboard)).transpose()?;
     let pin = serial.then_some(acpi::SERIAL_GSI);
     let bus = Arc::new(Bus::new(Pci::new(window, Irqs::new(Arc::clone(&vm), pin)), port));
-    let mut devices = Devices::new(Arc::clone(&bus), ram, notifier.clone());
+    let mut devices = Devices::new(Arc::clone(&bus), Arc::clone(&vm), ram, notifier.clone());
     if let Some(listener) = setup.vsock {
         devices.add_vsock(listener)?;
     }
@@ -130,11 +130,15 @@ fn boot(setup: Setup, events: &mut Events) -> Result<i32, StartError> {
 /// A panic ends the guest at once. There is no PCI behind ports 0xcf8 and 0xcfc, so Linux need not look there for
 /// devices with early quirks, two exits each. Its lock prefixes stay as they are with one CPU too: taking them out costs
 /// 4 million instructions, and putting them back when a second one comes as many again. The console is the ring, or
-/// the serial port of a machine that has one. An agent brings up the CPUs beyond the first when it is ready.
-fn command_line(added: &str, serial: bool, agent: bool) -> String {
+/// the serial port of a machine that has one. An agent brings up the CPUs beyond the first when it is ready. Memory that is
+/// plugged is used at once; three parts in four of it at most for what can be moved, and so given back, since the rest
+/// has to hold what the kernel itself keeps for it.
+fn command_line(added: &str, serial: bool, agent: bool, room: bool) -> String {
     let console = if serial { " console=ttyS0" } else { "" };
     let cpus = if agent { " maxcpus=1" } else { "" };
-    format!("panic=-1 pci=noearly noreplace-smp {}{console}{cpus} {added}", console::parameters()).trim_end().to_owned()
+    let plug = if room { " memhp_default_state=online memory_hotplug.online_policy=auto-movable" } else { "" };
+    let own = console::parameters();
+    format!("panic=-1 pci=noearly noreplace-smp {own}{console}{cpus}{plug} {added}").trim_end().to_owned()
 }
 
 fn open_serial(vm: &kvm_ioctls::VmFd, keyboard: Option<File>) -> io::Result<Port> {

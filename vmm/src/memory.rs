@@ -4,13 +4,16 @@
 #![expect(unsafe_code, reason = "guest memory is a mapping that Rust did not make")]
 
 use std::io;
+use std::ops::Range;
 use std::ptr;
 use std::sync::Arc;
 
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use thiserror::Error;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MmapRegion, VolatileSlice};
+
+use crate::virtio::mem::Backing;
 
 /// A MiB in bytes.
 pub const MIB: u64 = 1 << 20;
@@ -77,12 +80,23 @@ pub const PCI_WINDOW_BYTES: u64 = 16 * MIB;
 /// Memory that does not fit below [`HOLE`] begins here.
 pub const ABOVE_4G: u64 = 1 << 32;
 
+/// What a guest plugs and unplugs at a time: a huge page, so that taking one away breaks up none.
+pub const BLOCK: u64 = HUGE_PAGE;
+
+/// What KVM maps at a time of the memory that is plugged while the guest runs: as much as Linux adds at a time
+/// (its memory blocks on x86-64), so that in practice it maps what is plugged and nothing else.
+pub const CHUNK: u64 = 128 * MIB;
+
+/// The room for memory that is plugged begins at a multiple of this.
+const ROOM_ALIGN: u64 = 1 << 30;
+
 /// A page that no guest uses, where KVM keeps a task state segment on older Intel CPUs.
 pub const TSS: u64 = 0xfffb_d000;
 
 const SLOT_LOW: u32 = 0;
 const SLOT_HIGH: u32 = 1;
 const SLOT_READ_ONLY: u32 = 2;
+const SLOT_ROOM: u32 = 3;
 
 /// Why there is no guest memory.
 #[derive(Debug, Error)]
@@ -109,36 +123,46 @@ pub enum MemoryError {
     Collection(#[from] vm_memory::GuestRegionCollectionError),
 }
 
-/// The guest's RAM: `[0, low_end)` and, if it is larger than the hole allows, `[4 GiB, high_end)`.
+/// The guest's RAM: `[0, low_end)` and, if it is larger than the hole allows, `[4 GiB, high_end)`; and room above that
+/// for RAM that is plugged while the guest runs.
 #[derive(Clone, Debug)]
 pub struct GuestRam {
-    /// Every byte of it.
+    /// Every byte of it, the room included.
     pub memory: Arc<GuestMemoryMmap>,
     /// First address after RAM below 4 GiB.
     pub low_end: u64,
     /// First address after RAM above 4 GiB; 4 GiB if there is none.
     pub high_end: u64,
+    /// Where the room begins, and its length; without one it is empty.
+    pub room: (u64, u64),
 }
 
 impl GuestRam {
-    /// Maps and registers RAM: anonymous, because a memfd has no huge pages by default.
-    pub fn new(vm: &VmFd, mib: u32) -> Result<Self, MemoryError> {
+    /// Maps and registers RAM: anonymous, because a memfd has no huge pages by default. The room is mapped, which
+    /// reserves addresses and nothing else, so that devices find in one place all memory that there will ever be; KVM
+    /// hears of its chunks as they are plugged.
+    pub fn new(vm: &VmFd, mib: u32, room_mib: u32) -> Result<Self, MemoryError> {
         let bytes = u64::from(mib) * MIB;
         let low_end = bytes.min(HOLE);
         let high_end = ABOVE_4G + (bytes - low_end);
-        let mut regions = Vec::with_capacity(2);
-        for (slot, start, end) in [(SLOT_LOW, 0, low_end), (SLOT_HIGH, ABOVE_4G, high_end)] {
+        let room = (high_end.next_multiple_of(ROOM_ALIGN), u64::from(room_mib) * MIB);
+        let mut regions = Vec::with_capacity(3);
+        let all =
+            [(Some(SLOT_LOW), 0, low_end), (Some(SLOT_HIGH), ABOVE_4G, high_end), (None, room.0, room.0 + room.1)];
+        for (slot, start, end) in all {
             if start == end {
                 continue;
             }
             let mapping = map(end - start, libc::MADV_HUGEPAGE)?;
-            register(vm, slot, start, &mapping, 0)?;
+            if let Some(slot) = slot {
+                register(vm, slot, start, &mapping, 0)?;
+            }
             regions.push(
                 GuestRegionMmap::new(mapping, GuestAddress(start))
                     .ok_or(vm_memory::mmap::FromRangesError::InvalidGuestRegion)?,
             );
         }
-        Ok(Self { memory: Arc::new(GuestMemoryMmap::from_regions(regions)?), low_end, high_end })
+        Ok(Self { memory: Arc::new(GuestMemoryMmap::from_regions(regions)?), low_end, high_end, room })
     }
 }
 
@@ -150,6 +174,64 @@ impl GuestRam {
         let Ok(slice) = self.memory.get_slice(GuestAddress(start), (end - start) as usize) else { return false };
         // SAFETY: the range is mapped for the life of the process, and its contents stay.
         unsafe { libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), slice.len(), libc::MADV_POPULATE_WRITE) == 0 }
+    }
+}
+
+/// The room of a VM, as its memory device uses it.
+pub struct Room {
+    vm: Arc<VmFd>,
+    memory: Arc<GuestMemoryMmap>,
+    start: u64,
+}
+
+impl Room {
+    /// That of `ram`.
+    pub fn new(vm: Arc<VmFd>, ram: &GuestRam) -> Self {
+        Self { vm, memory: Arc::clone(&ram.memory), start: ram.room.0 }
+    }
+
+    fn set_slot(&self, chunk: u64, bytes: u64) -> io::Result<()> {
+        let slice = self.memory.get_slice(GuestAddress(chunk), CHUNK as usize).map_err(io::Error::other)?;
+        let region = kvm_userspace_memory_region {
+            slot: SLOT_ROOM + ((chunk - self.start) / CHUNK) as u32,
+            flags: 0,
+            guest_phys_addr: chunk,
+            memory_size: bytes,
+            userspace_addr: slice.ptr_guard_mut().as_ptr() as u64,
+        };
+        // SAFETY: the mapping is never unmapped, so KVM may use it as long as this process lives; the guest can reach
+        // nothing beyond the chunk, all of which is guest memory.
+        unsafe { self.vm.set_user_memory_region(region) }.map_err(io::Error::from)
+    }
+}
+
+impl Backing for Room {
+    fn open(&mut self, chunk: u64) -> io::Result<()> {
+        self.set_slot(chunk, CHUNK)
+    }
+
+    fn close(&mut self, chunk: u64) -> io::Result<()> {
+        // A slot of no length is no slot (Documentation/virt/kvm/api.rst, 4.35).
+        self.set_slot(chunk, 0)
+    }
+
+    fn discard(&mut self, range: Range<u64>) -> io::Result<()> {
+        let slice = self.memory.get_slice(GuestAddress(range.start), (range.end - range.start) as usize);
+        discard(&slice.map_err(io::Error::other)?).map(drop)
+    }
+}
+
+/// Gives the whole pages in guest memory back to the host; they read as zeros from then on. Returns how many bytes.
+pub fn discard(slice: &VolatileSlice<'_>) -> io::Result<usize> {
+    let guard = slice.ptr_guard_mut();
+    let before = guard.as_ptr().align_offset(PAGE as usize);
+    let whole = slice.len().saturating_sub(before) / PAGE as usize * PAGE as usize;
+    let start = guard.as_ptr().wrapping_add(before);
+    // SAFETY: the range lies within the slice, whose bytes may change at any time; to whoever looks at them they change
+    // to zeros, since guest memory is private and anonymous.
+    match unsafe { libc::madvise(start.cast(), whole, libc::MADV_DONTNEED) } {
+        0 => Ok(whole),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 

@@ -28,6 +28,8 @@ pub enum Note {
     },
     /// The agent dialled the host.
     AgentConnected,
+    /// The guest has as much memory plugged as it was asked to have.
+    MemorySettled,
     /// The guest is over.
     Ended(End),
 }

@@ -119,6 +119,7 @@ impl Boot {
             cmdline: self.cmdline.clone(),
             vcpus: self.cpus,
             memory_mib: self.memory,
+            room_mib: 0,
             console,
             disks,
             nets: Vec::new(),

@@ -38,6 +38,11 @@ pub struct CoreConfig {
     pub default_vcpus: u8,
     /// Added to a pod's memory limit, in MiB: guest kernel, agent and page tables.
     pub guest_overhead_mib: u32,
+    /// Guest memory in MiB that a pod can grow to while it runs; 0 is all that the host has. A pod that starts with more
+    /// keeps it.
+    pub max_memory_mib: u32,
+    /// Virtual CPUs that a pod can grow to while it runs; 0 is twice what it starts with, as far as the host has them.
+    pub max_vcpus: u8,
 }
 
 impl Default for CoreConfig {
@@ -55,6 +60,8 @@ impl Default for CoreConfig {
             default_memory_mib: 512,
             default_vcpus: 1,
             guest_overhead_mib: 64,
+            max_memory_mib: 0,
+            max_vcpus: 0,
         }
     }
 }

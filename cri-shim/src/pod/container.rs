@@ -88,6 +88,9 @@ impl Owner {
         }
         self.make_shares(&container).await?;
         kill_point("container.shared");
+        // Before anything in the guest is sized by what it has, or uses it.
+        self.grow(self.wanted()?.at_most(self.record.frame())).await?;
+        self.memory_there().await?;
         let (record, name) = (self.record.clone(), id.to_owned());
         let create = blocking(move || message::create_container(&record, &name, &container)).await?;
         self.copies.sent(&create);
@@ -222,15 +225,22 @@ impl Owner {
         if matches!(container.life, Life::Exited { .. }) {
             return Err(Error::FailedPrecondition(format!("container {id} has exited")));
         }
-        let mut spec = ContainerSpec::clone(&container.spec);
+        let before = Arc::clone(&container.spec);
+        let mut spec = ContainerSpec::clone(&before);
+        spec.resources.update(resources);
+        self.set_spec(id, Arc::new(spec));
         let changed = Some(message::resources(resources));
         let call = Call::UpdateContainer(v1::UpdateContainer { id: id.into(), resources: changed });
-        self.agent()?.tell(call, CALL_LIMIT).await?;
-        spec.resources.update(resources);
-        if let Some(container) = self.record.containers.get_mut(id) {
-            container.spec = Arc::new(spec);
+        let done = match self.grow(self.wanted()?).await {
+            Ok(()) => self.agent()?.tell(call, CALL_LIMIT).await,
+            Err(error) => Err(error),
+        };
+        if done.is_err() {
+            self.set_spec(id, before);
         }
-        self.save()
+        self.save()?;
+        self.shrink(self.wanted()?.memory_mib).await?;
+        done
     }
 
     /// Goes on with a log in a new file.
@@ -246,6 +256,12 @@ impl Owner {
 
     fn container(&self, id: &str) -> Result<&ContainerRecord> {
         self.record.containers.get(id).ok_or_else(|| Error::NotFound(format!("no container {id}")))
+    }
+
+    fn set_spec(&mut self, id: &str, spec: Arc<ContainerSpec>) {
+        if let Some(container) = self.record.containers.get_mut(id) {
+            container.spec = spec;
+        }
     }
 
     fn set_life(&mut self, id: &str, life: Life) {

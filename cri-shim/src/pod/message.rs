@@ -31,6 +31,9 @@ pub(super) fn configure(record: &Record, attachment: &Attachment, realtime_ns: u
         shm_bytes: 0,
         share_pid_namespace: spec.share_pid_namespace,
         user_namespace: spec.users.as_ref().map(user_namespace),
+        cpus: record.vcpus.into(),
+        rescan: true,
+        memory_mib: record.memory_mib,
     }
 }
 

@@ -47,6 +47,8 @@ use crate::random;
 use crate::spawner::Spawner;
 use crate::spec::{ContainerSpec, PodSpec, Resources};
 use crate::vmm;
+pub use size::BOOT_MIB;
+pub(crate) use size::Frame;
 use table::{Pod, Table};
 
 pub(crate) use message::exec_process;
@@ -249,7 +251,7 @@ impl Pods {
         exec::forward(&self.context.config.pod_dir(self.table.pod(pod)?.id()), port).await
     }
 
-    /// Changes those limits of a pod that are named; the others stay. A VM keeps the size it was started with.
+    /// Changes those limits of a pod that are named; the others stay. Its VM grows or shrinks with them.
     pub async fn update_pod(&self, id: &str, overhead: Option<Resources>, resources: Option<Resources>) -> Result<()> {
         self.table.pod(id)?.run(move |owner| Box::pin(owner.update_pod(overhead, resources))).await
     }

@@ -15,7 +15,7 @@ use vmm_control::{Command, Reply, SECTOR_BYTES};
 use super::context::{Context, blocking};
 use super::message;
 use super::owner::{Machine, Owner, remove_directory};
-use super::size::{quota, size};
+use super::size::{frame, quota, size};
 use super::{Moment, PodDir};
 use crate::agent::{Agent, Call, Notice};
 use crate::cgroup;
@@ -73,7 +73,7 @@ pub(super) async fn start(context: Arc<Context>, id: String, spec: PodSpec) -> R
 /// Decides all that can be decided before anything is made.
 fn plan(context: &Context, id: String, spec: PodSpec) -> Result<Record> {
     let config = &context.config;
-    let size = size(&spec, config, context.host)?;
+    let size = size(&spec, 0, config, context.host)?;
     let cgroup = cgroup::leaf(&spec.cgroup_parent, &config.cgroup_parent, &id)?;
     let sectors = config.scratch_bytes / PAGE_BYTES * (PAGE_BYTES / SECTOR_BYTES);
     let scratch = DiskRecord {
@@ -93,6 +93,7 @@ fn plan(context: &Context, id: String, spec: PodSpec) -> Result<Record> {
         cgroup,
         memory_mib: size.memory_mib,
         vcpus: size.vcpus,
+        frame: Some(frame(size, config, context.host)),
         vmm: None,
         file_server: None,
         next_share: 0,
@@ -122,7 +123,7 @@ async fn make(context: &Arc<Context>, mut record: Record) -> Result<Owner> {
     let Ground { netns, tap, cgroup, scratch } = ground;
     record.netns = netns.as_ref().map(|netns| netns.path().to_owned());
     let scratch = (scratch, record.disks.first().map_or(0, |disk| disk.sectors));
-    let launch = Launch { dir: &dir, memory_mib: record.memory_mib, vcpus: record.vcpus, cgroup, tap, scratch };
+    let launch = Launch { dir: &dir, frame: record.frame(), cgroup, tap, scratch };
     let vmm = Vmm::launch(&context.spawner, &context.config, launch).await?;
     record.vmm = Some(vmm.id());
     record.moments.push(moment("spawned"));
@@ -211,7 +212,8 @@ async fn boot_and_attach(
     netns: Option<&Netns>,
 ) -> Result<(Booted, Attachment), Failure> {
     let mut attach = std::pin::pin!(attach(context, record, netns));
-    let mut boot = std::pin::pin!(boot(vmm, dir));
+    let plugged_mib = record.frame().plugged_mib(record.memory_mib);
+    let mut boot = std::pin::pin!(boot(vmm, dir, plugged_mib));
     tokio::select! {
         attached = &mut attach => {
             let (attachment, attached_at) = attached?;
@@ -239,12 +241,17 @@ async fn attach(context: &Context, record: &Record, netns: Option<&Netns>) -> Re
     Ok((attachment, moment("network_attached")))
 }
 
-async fn boot(vmm: &Vmm, dir: &PodDir) -> Result<Booted, Failure> {
+/// Waits for the agent, and plugs in what the guest finds when it is configured: its memory beyond what it boots with.
+async fn boot(vmm: &Vmm, dir: &PodDir, plugged_mib: u32) -> Result<Booted, Failure> {
     let connected = tokio::select! {
         () = vmm.wait() => return Err(Failure::VmEnded),
         connected = Agent::connect(dir.clone(), BOOT_LIMIT) => connected,
     };
-    match connected {
+    let plugged = match connected {
+        Ok(agent) => control::run(dir, &Command::SetMemory { mib: plugged_mib }, &[]).await.map(|()| agent),
+        Err(error) => Err(error),
+    };
+    match plugged {
         Ok((agent, kernel, notices)) => Ok(Booted { agent, kernel, notices, moments: vec![moment("agent_ready")] }),
         // A connection that breaks is how a VMM's end is heard of first.
         Err(_) if tokio::time::timeout(END_LIMIT, vmm.wait()).await.is_ok() => Err(Failure::VmEnded),

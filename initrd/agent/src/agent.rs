@@ -40,6 +40,8 @@ pub(crate) struct Agent {
     pub(crate) transport: Transport,
     pub(crate) disk: Disk,
     pub(crate) configured: bool,
+    /// Names of those that the pod's configuration set.
+    pub(crate) sysctls: Vec<String>,
     pub(crate) control: BTreeMap<u32, Peer>,
     pub(crate) sessions: BTreeMap<u32, Session>,
     pub(crate) tasks: BTreeMap<u32, Task>,
@@ -72,6 +74,7 @@ impl Agent {
             transport,
             disk: Disk::new(disk),
             configured: false,
+            sysctls: Vec::new(),
             control: BTreeMap::new(),
             sessions: BTreeMap::new(),
             tasks: BTreeMap::new(),

@@ -77,6 +77,9 @@ pub(crate) fn apply(message: &v1::Configure, disk: &mut Disk) -> Result<(), Conf
     if let Some(range) = &message.scratch {
         disk.mount_scratch(range)?;
     }
+    if message.rescan {
+        mounts::rescan().map_err(step("devices that have been plugged in"))?;
+    }
     Ok(())
 }
 
@@ -103,7 +106,7 @@ fn set_sysctls(sysctls: &HashMap<String, String>) -> Result<(), ConfigureError> 
 }
 
 /// As sysctl(8): the first separator in a name decides which of `.` and `/` separates; the other stands for it.
-fn sysctl_path(name: &str) -> io::Result<PathBuf> {
+pub(crate) fn sysctl_path(name: &str) -> io::Result<PathBuf> {
     let dots = name.find(['.', '/']).is_none_or(|at| name.as_bytes().get(at) == Some(&b'.'));
     let swap = |letter| match letter {
         '.' => '/',

@@ -1,4 +1,5 @@
-//! CPUs beyond the first: the kernel is told to leave them (`maxcpus=1`), so that the agent is ready before they are.
+//! CPUs beyond the first: the kernel is told to leave them (`maxcpus=1`), so that the agent is ready before they are, and
+//! the host says how many the pod is to have.
 
 use std::fs;
 use std::path::Path;
@@ -9,15 +10,17 @@ use crate::kmsg;
 
 const CPUS: &str = "/sys/devices/system/cpu";
 
-/// Brings up every CPU that is present. One that will not come is told of and done without.
-pub(crate) fn bring_up() {
+/// Brings up the first `wanted` CPUs and takes the others down; 0 wants every one. One that does not obey is told of and
+/// left as it is.
+pub(crate) fn set(wanted: u32) {
     for number in 1.. {
         // CPU 0 and what is not there have no such file.
         let switch = Path::new(CPUS).join(format!("cpu{number}/online"));
-        match fs::write(switch, "1") {
+        let state = if wanted == 0 || number < wanted { "1" } else { "0" };
+        match fs::write(switch, state) {
             Ok(()) => {}
             Err(error) if error.raw_os_error() == Some(Errno::ENOENT as i32) => break,
-            Err(error) => kmsg::say(&format!("CPU {number} stays down: {error}")),
+            Err(error) => kmsg::say(&format!("CPU {number} cannot be set to {state}: {error}")),
         }
     }
 }

@@ -21,6 +21,7 @@ mod files;
 mod forward;
 mod kmsg;
 mod log;
+mod memory;
 mod mounts;
 mod netlink;
 mod plan;
@@ -80,7 +81,7 @@ impl Options {
 
 fn live() -> Result<(), Box<dyn Error>> {
     let options = Options::parse(std::env::args().skip(1))?;
-    let in_guest = matches!(options.transport, Transport::Vsock);
+    let in_guest = options.transport.in_guest();
     kmsg::set_in_guest(in_guest);
     let mut agent = Agent::new(options.transport, options.disk)?;
     agent.transport.say_ready()?;
@@ -88,7 +89,6 @@ fn live() -> Result<(), Box<dyn Error>> {
     mounts::prepare()?;
     cgroup::prepare()?;
     if in_guest {
-        cpus::bring_up();
         fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ)?;
         setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES)?;
     }

@@ -96,6 +96,11 @@ pub(crate) fn prepare() -> Result<(), MountError> {
 /// Asks the kernel to look for devices that have been plugged in.
 const RESCAN: &str = "/sys/bus/pci/rescan";
 
+/// Finds devices that have been plugged in.
+pub(crate) fn rescan() -> io::Result<()> {
+    fs::write(RESCAN, "1")
+}
+
 /// Where a device's directories are, mounted the first time. Devices in them are nobody's business in the guest.
 pub(crate) fn shared(tag: &str) -> Result<PathBuf, MountError> {
     let place = below(SHARED, tag);
@@ -105,7 +110,7 @@ pub(crate) fn shared(tag: &str) -> Result<PathBuf, MountError> {
     if fs::read_dir(SHARED).map_err(failed)?.flatten().any(|entry| entry.path() == place) {
         return Ok(place);
     }
-    fs::write(RESCAN, "1").map_err(failed)?;
+    rescan().map_err(failed)?;
     fs::create_dir(&place).map_err(failed)?;
     if let Err(error) = mount(Some(tag), &place, Some("virtiofs"), MsFlags::MS_NODEV, None::<&str>) {
         drop(fs::remove_dir(&place));

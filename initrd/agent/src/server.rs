@@ -16,11 +16,13 @@ use crate::cgroup::{self, Cgroup, CgroupError};
 use crate::configure;
 use crate::connection::Connection;
 use crate::container::{Asker, Container, Holdings};
+use crate::cpus;
 use crate::devices;
 use crate::fault::Fault;
 use crate::files;
 use crate::kmsg;
 use crate::log::Log;
+use crate::memory;
 use crate::plan::ContainerPlan;
 use crate::poll::{Part, Poll, Token, Watched};
 use crate::process::{Job, PidSpace, Surroundings, start_pod_reaper};
@@ -33,14 +35,6 @@ use crate::userns::UserSpace;
 type Answer = Result<Option<reply::Result>, Fault>;
 
 const DONE: Option<reply::Result> = Some(reply::Result::Done(v1::Done {}));
-
-fn update_pod(call: &v1::UpdatePod) -> Answer {
-    match call.resources.as_ref().map(cgroup::limit_pod) {
-        Some(Err(error @ CgroupError::InUse { .. })) => Err(Fault::wrong_state(error.to_string())),
-        Some(result) => Ok(result.map(|()| DONE)?),
-        None => Ok(DONE),
-    }
-}
 
 /// The agent's opening word on every connection.
 pub(crate) fn hello() -> v1::Hello {
@@ -124,7 +118,7 @@ impl Agent {
             request::Call::PowerOff(_) => self.power_off(asker),
             request::Call::ReopenLog(call) => self.reopen_log(asker, &call.id),
             request::Call::UpdateContainer(call) => self.update(&call),
-            request::Call::UpdatePod(call) => update_pod(&call),
+            request::Call::UpdatePod(call) => self.update_pod(&call),
             request::Call::UpdateFiles(call) => self.update_files(&call),
             request::Call::GetStats(_) => self.count_for(asker),
         }
@@ -134,7 +128,14 @@ impl Agent {
         if self.configured {
             return Err(Fault::wrong_state("this guest has been configured"));
         }
+        self.sysctls = call.sysctls.keys().cloned().collect();
+        if self.transport.in_guest() {
+            memory::allow(call.memory_mib, &self.sysctls);
+        }
         configure::apply(call, &mut self.disk)?;
+        if self.transport.in_guest() {
+            cpus::set(call.cpus);
+        }
         self.users = call.user_namespace.as_ref().map(UserSpace::new).transpose()?;
         self.configured = true;
         Ok(DONE)
@@ -309,6 +310,21 @@ impl Agent {
         let container = self.containers.get(&call.id).ok_or_else(|| Fault::no_container(&call.id))?;
         if let Some(resources) = &call.resources {
             container.cgroup.limit(resources)?;
+        }
+        Ok(DONE)
+    }
+
+    fn update_pod(&mut self, call: &v1::UpdatePod) -> Answer {
+        match call.resources.as_ref().map(cgroup::limit_pod) {
+            Some(Err(error @ CgroupError::InUse { .. })) => return Err(Fault::wrong_state(error.to_string())),
+            Some(result) => result?,
+            None => {}
+        }
+        if self.transport.in_guest() {
+            memory::allow(call.memory_mib, &self.sysctls);
+            if call.cpus > 0 {
+                cpus::set(call.cpus);
+            }
         }
         Ok(DONE)
     }

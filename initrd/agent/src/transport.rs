@@ -25,6 +25,11 @@ pub(crate) enum Transport {
 }
 
 impl Transport {
+    /// Whether the kernel is the pod's alone.
+    pub(crate) fn in_guest(&self) -> bool {
+        matches!(self, Self::Vsock)
+    }
+
     fn socket(&self, flags: SockFlag) -> io::Result<OwnedFd> {
         let family = match self {
             Self::Vsock => AddressFamily::Vsock,

@@ -53,6 +53,10 @@ pub struct Config {
     pub vcpus: u8,
     /// Guest memory in MiB, at least 32.
     pub memory_mib: u32,
+    /// Room for guest memory beyond that, plugged by [`Command::SetMemory`], in MiB: a multiple of 128. It costs nothing
+    /// until it is used.
+    #[serde(default)]
+    pub room_mib: u32,
     /// Where the guest's console goes.
     #[serde(default)]
     pub console: Console,
@@ -172,6 +176,17 @@ pub enum Command {
         /// What the guest mounts it by; 1 to 36 bytes.
         tag: String,
     },
+    /// Asks the guest to have so much memory beyond what it booted with. The first such command also plugs in the device
+    /// for it, if the VM has room, and the one by which a guest gives back what it does not use; the guest sees both
+    /// after a PCI rescan.
+    SetMemory {
+        /// MiB, a multiple of 2 and at most [`Config::room_mib`].
+        mib: u32,
+    },
+    /// Answers [`Reply::Memory`] at once.
+    Memory,
+    /// Answers [`Reply::Memory`] once the guest has as much as [`Command::SetMemory`] asked for, which may be never.
+    AwaitMemory,
     /// Appends what the guest sends to host port `port` to a file; one descriptor. Given again for the same port,
     /// the new file replaces the old one at the next line end, which is how logs rotate.
     SetSink {
@@ -208,6 +223,11 @@ pub enum Reply {
         next: u64,
         /// Console bytes, lossily decoded; older ones may have been overwritten.
         text: String,
+    },
+    /// To [`Command::Memory`] and [`Command::AwaitMemory`].
+    Memory {
+        /// What the guest has beyond what it booted with, in MiB.
+        mib: u32,
     },
     /// After [`Command::Subscribe`], unasked.
     Event(Event),

@@ -19,6 +19,8 @@ pub mod config;
 pub mod irq;
 pub mod msix;
 
+use std::sync::Arc;
+
 use thiserror::Error;
 use vm_memory::{Bytes, MmapRegion, VolatileMemory};
 
@@ -55,7 +57,7 @@ pub struct Place {
 /// The bus and the devices on it.
 #[derive(Debug)]
 pub struct Pci {
-    window: MmapRegion,
+    window: Arc<MmapRegion>,
     devices: [Option<Box<VirtioPci>>; SLOTS],
     irqs: Irqs,
 }
@@ -63,7 +65,7 @@ pub struct Pci {
 impl Pci {
     /// An empty bus whose configuration space is `window`.
     pub fn new(window: MmapRegion, irqs: Irqs) -> Self {
-        let bus = Self { window, devices: [const { None }; SLOTS], irqs };
+        let bus = Self { window: Arc::new(window), devices: [const { None }; SLOTS], irqs };
         for slot in 0..SLOTS {
             // A slot without a device reads as all ones (PCI Local Bus 3.0 §6.1).
             bus.show(page(slot, SLOT_BYTES), &[0xff; 4]);
@@ -143,6 +145,7 @@ impl Pci {
         let Some(Some(device)) = self.devices.get(slot) else { return };
         self.show(page(slot, SLOT_BYTES), device.config());
         let registers = device.registers_at().and_then(|at| at.checked_sub(ECAM)).filter(|at| *at >= ECAM_BYTES);
+        device.place_registers(registers.map(|registers| (&self.window, registers)));
         let Some(registers) = registers else { return };
         for (offset, bytes) in device.registers() {
             self.show(registers.saturating_add(offset), bytes.as_ref());

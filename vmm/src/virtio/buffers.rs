@@ -26,6 +26,7 @@ use vm_memory::guest_memory::Permissions;
 use vm_memory::{ByteValued, GuestAddress, GuestMemory, GuestMemoryMmap, VolatileSlice};
 
 use super::device::DeviceError;
+use crate::memory;
 
 /// Most pieces of guest memory in one operation: what readv(2) takes (`UIO_MAXIOV`).
 const PARTS: usize = 1024;
@@ -154,6 +155,15 @@ impl<'m> Buffers<'m> {
             self.write_at(offset, ZEROS.get(..chunk).unwrap_or(&ZEROS));
             offset = offset.saturating_add(chunk);
         }
+    }
+
+    /// Gives the whole pages of every piece back to the host; they read as zeros from then on. Returns how many bytes.
+    pub fn discard(&mut self) -> io::Result<usize> {
+        let mut sum = 0_usize;
+        for slice in self.slices(0..self.len) {
+            sum = sum.saturating_add(memory::discard(&slice)?);
+        }
+        Ok(sum)
     }
 
     /// Reads from a file at `position` into `range`: preadv(2). 0 means end of file.

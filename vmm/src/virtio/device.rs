@@ -4,19 +4,20 @@
 //! a [`Backend`], which one thread owns. They share nothing: at DRIVER_OK the transport sends the queues to the
 //! thread, at reset it takes them back.
 
+use std::borrow::Cow;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, MmapRegion, VolatileMemory};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::poller::{Poller, Wait};
 
-/// What the guest can read of a device; fixed for its life.
+/// What the guest can read of a device.
 #[derive(Clone, Debug)]
 pub struct DeviceInfo {
     /// Its name in logs, events and counters, such as `net0`.
@@ -30,7 +31,73 @@ pub struct DeviceInfo {
     /// Largest size of each queue.
     pub queue_sizes: Vec<u16>,
     /// The device-specific configuration; read-only.
-    pub config: Vec<u8>,
+    pub config: DeviceConfig,
+}
+
+/// The device-specific configuration.
+#[derive(Clone, Debug)]
+pub enum DeviceConfig {
+    /// The same for the device's life.
+    Fixed(Vec<u8>),
+    /// The device's thread changes it, but not its length.
+    Live(LiveConfig),
+}
+
+impl DeviceConfig {
+    /// Its bytes as they are now.
+    pub fn bytes(&self) -> Cow<'_, [u8]> {
+        match self {
+            Self::Fixed(bytes) => Cow::Borrowed(bytes),
+            Self::Live(config) => Cow::Owned(config.lock().bytes.clone()),
+        }
+    }
+}
+
+/// A configuration that changes while the guest reads it, from memory like any other: whoever changes it writes it there.
+/// The lock is held for one copy.
+#[derive(Clone, Debug)]
+pub struct LiveConfig(Arc<Mutex<Shown>>);
+
+#[derive(Debug)]
+struct Shown {
+    bytes: Vec<u8>,
+    /// Where the guest reads it, if that is memory.
+    place: Option<(Arc<MmapRegion>, usize)>,
+}
+
+impl Shown {
+    fn show(&self) {
+        if let Some((window, at)) = &self.place {
+            // A place outside of the window is one that the guest reads by an exit.
+            let _ = window.get_slice(0, window.size()).map(|window| window.write_slice(&self.bytes, *at));
+        }
+    }
+}
+
+impl LiveConfig {
+    /// A configuration that nobody sees yet.
+    pub fn new(bytes: Vec<u8>) -> Self {
+        Self(Arc::new(Mutex::new(Shown { bytes, place: None })))
+    }
+
+    /// Changes it.
+    pub fn set(&self, bytes: Vec<u8>) {
+        let mut shown = self.lock();
+        shown.bytes = bytes;
+        shown.show();
+    }
+
+    /// Says where in `window` the guest reads it from now on.
+    pub fn place(&self, place: Option<(Arc<MmapRegion>, usize)>) {
+        let mut shown = self.lock();
+        shown.place = place;
+        shown.show();
+    }
+
+    /// What is behind the lock is whole at every moment.
+    fn lock(&self) -> MutexGuard<'_, Shown> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// A device between DRIVER_OK and reset.
@@ -152,4 +219,30 @@ pub trait Backend: Send {
     ///
     /// A bad request is answered in the request's own terms; an error ends the device until the driver resets it.
     fn run(&mut self, active: &mut Active, stop: &EventFd) -> Result<(), DeviceError>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_live_configuration_is_where_the_guest_reads_it() {
+        let window = Arc::new(MmapRegion::new(4096).unwrap());
+        let at = |offset| {
+            let mut bytes = [0_u8; 3];
+            window.get_slice(offset, 3).unwrap().copy_to(&mut bytes);
+            bytes
+        };
+        let config = LiveConfig::new(vec![1, 2, 3]);
+        config.place(Some((Arc::clone(&window), 256)));
+        assert_eq!(at(256), [1, 2, 3], "from the moment on at which it is placed");
+        config.clone().set(vec![4, 5, 6]);
+        assert_eq!((at(256), DeviceConfig::Live(config.clone()).bytes().as_ref()), ([4, 5, 6], &[4, 5, 6][..]));
+        config.place(None);
+        config.set(vec![7, 8, 9]);
+        assert_eq!(at(256), [4, 5, 6], "the guest has moved it away");
+        for outside in [4096, usize::MAX] {
+            config.place(Some((Arc::clone(&window), outside)));
+        }
+    }
 }

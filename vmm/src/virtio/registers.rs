@@ -70,6 +70,7 @@ pub struct Registers {
     offered_select: u32,
     accepted_select: u32,
     config_vector: u16,
+    generation: u8,
     vectors: u16,
     status: u8,
     queue_select: u16,
@@ -94,6 +95,7 @@ impl Registers {
             offered_select: 0,
             accepted_select: 0,
             config_vector: NO_VECTOR,
+            generation: 0,
             vectors,
             status: 0,
             queue_select: 0,
@@ -116,6 +118,11 @@ impl Registers {
     /// The device cannot go on until it is reset (virtio 1.2 §2.1.1).
     pub fn set_needs_reset(&mut self) {
         self.status |= NEEDS_RESET;
+    }
+
+    /// What the host changes of the device's configuration has been changed (§4.1.4.3.1).
+    pub fn next_generation(&mut self) {
+        self.generation = self.generation.wrapping_add(1);
     }
 
     /// Features that the driver accepted.
@@ -162,7 +169,7 @@ impl Registers {
         put(&mut image, 0x10, &self.config_vector.to_le_bytes());
         put(&mut image, 0x12, &count.to_le_bytes());
         put(&mut image, 0x14, &[self.status]);
-        // 0x15, the generation of the configuration: a device's configuration never changes.
+        put(&mut image, 0x15, &[self.generation]);
         put(&mut image, 0x16, &self.queue_select.to_le_bytes());
         put(&mut image, 0x18, &queue.size.to_le_bytes());
         put(&mut image, 0x1a, &queue.vector.to_le_bytes());
@@ -300,6 +307,16 @@ mod tests {
             registers.write(0x0c, &u32::try_from(bits & 0xffff_ffff).unwrap().to_le_bytes());
         }
         assert_eq!(registers.write(0x14, &[11]), Action::None);
+    }
+
+    #[test]
+    fn a_driver_sees_that_the_configuration_has_changed() {
+        let mut registers = registers();
+        let before = registers.image()[0x15];
+        registers.next_generation();
+        assert_ne!(registers.image()[0x15], before);
+        registers.reset();
+        assert_ne!(registers.image()[0x15], before, "a reset does not take the change back");
     }
 
     #[test]

@@ -21,7 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::buffers::{Buffers, gather};
 use super::counters::{Counter, Snapshot};
-use super::device::{Active, ActiveQueue, Backend, DeviceError, DeviceInfo};
+use super::device::{Active, ActiveQueue, Backend, DeviceConfig, DeviceError, DeviceInfo};
 use super::poller::{Poller, Wait};
 use vm_memory::GuestMemoryMmap;
 
@@ -64,7 +64,7 @@ pub fn device() -> (DeviceInfo, Rng, Handle) {
         class: [0x00, 0xff, 0x00],
         features: 0,
         queue_sizes: vec![QUEUE_SIZE],
-        config: Vec::new(),
+        config: DeviceConfig::Fixed(Vec::new()),
     };
     let bytes = Arc::<Counter>::default();
     (info, Rng { bytes: Arc::clone(&bytes) }, Handle { bytes })

@@ -27,10 +27,10 @@ use std::sync::Arc;
 use kvm_ioctls::{IoEventAddress, NoDatamatch};
 use thiserror::Error;
 use virtio_queue::QueueT;
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestMemoryMmap, MmapRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::device::{Active, ActiveQueue, Backend, DeviceInfo};
+use super::device::{Active, ActiveQueue, Backend, DeviceConfig, DeviceInfo};
 use super::registers::{self, Action, NO_VECTOR, Registers};
 use super::worker::Worker;
 use crate::notes::{Note, Notifier};
@@ -102,7 +102,7 @@ pub struct VirtioPci {
     name: String,
     slot: usize,
     config: ConfigSpace,
-    device_config: Vec<u8>,
+    device_config: DeviceConfig,
     registers: Registers,
     msix: Msix,
     msix_control: usize,
@@ -157,9 +157,17 @@ impl VirtioPci {
     pub fn registers(&self) -> [(u64, Cow<'_, [u8]>); 3] {
         [
             (u64::from(COMMON), Cow::Owned(self.registers.image().to_vec())),
-            (u64::from(DEVICE), Cow::Borrowed(&self.device_config)),
+            (u64::from(DEVICE), self.device_config.bytes()),
             (u64::from(MSIX_TABLE), Cow::Borrowed(self.msix.image())),
         ]
+    }
+
+    /// Says at which offset of which memory the guest reads the register BAR, if it does not exit.
+    pub fn place_registers(&self, place: Option<(&Arc<MmapRegion>, u64)>) {
+        if let DeviceConfig::Live(config) = &self.device_config {
+            let at = |offset: u64| usize::try_from(offset.saturating_add(DEVICE.into())).unwrap_or(usize::MAX);
+            config.place(place.map(|(window, offset)| (Arc::clone(window), at(offset))));
+        }
     }
 
     /// The guest reads where KVM has no memory to answer, which is where it moved a BAR to, or the interrupt status
@@ -208,6 +216,16 @@ impl VirtioPci {
     /// The thread gave up: tells the driver (§2.1.1).
     pub fn needs_reset(&mut self) {
         self.registers.set_needs_reset();
+        self.interrupt_config();
+    }
+
+    /// The host has changed the configuration: tells the driver (§2.5).
+    pub fn config_changed(&mut self) {
+        self.registers.next_generation();
+        self.interrupt_config();
+    }
+
+    fn interrupt_config(&self) {
         let vector = self.registers.config_vector();
         if let Some(wire) = self.wires.iter().flat_map(|wires| &wires.vectors).find(|wire| wire.vector == vector) {
             // An interrupt that cannot be signalled is one that the driver polls for.
@@ -350,7 +368,7 @@ fn config_space(info: &DeviceInfo, place: Place) -> (ConfigSpace, usize) {
     let structures = [
         (COMMON_CFG, REGISTER_BAR, COMMON, length(registers::BYTES)),
         (ISR_CFG, DOORBELL_BAR, ISR, 1),
-        (DEVICE_CFG, REGISTER_BAR, DEVICE, length(info.config.len())),
+        (DEVICE_CFG, REGISTER_BAR, DEVICE, length(info.config.bytes().len())),
     ];
     for (kind, bar, offset, length) in structures.into_iter().filter(|(_, _, _, length)| *length > 0) {
         config.add_capability(CAPABILITY_VENDOR, &structure(kind, bar, offset, length, None));

@@ -251,6 +251,7 @@ impl Guest {
             cmdline: String::new(),
             vcpus: VCPUS,
             memory_mib: 256,
+            room_mib: 0,
             console: vmm_control::Console::Ring,
             disks: vec![Disk { capacity_bytes: vmm_control::POD_DISK_BYTES, extents }],
             nets: Vec::new(),

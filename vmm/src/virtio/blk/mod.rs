@@ -41,7 +41,7 @@ pub use self::disk::DiskError;
 use self::request::{RANGES, Request, status_offset, status_ok};
 use super::buffers::{Buffers, gather};
 use super::counters::{Counter, Snapshot};
-use super::device::{Active, ActiveQueue, Backend, DeviceError, DeviceInfo};
+use super::device::{Active, ActiveQueue, Backend, DeviceConfig, DeviceError, DeviceInfo};
 use super::inbox::{AskError, Asker, Inbox};
 use super::poller::{Poller, Wait};
 
@@ -156,7 +156,7 @@ fn info(name: String, capacity: u64) -> DeviceInfo {
         class: [0x01, 0x80, 0x00],
         features: features.iter().fold(0, |bits, bit| bits | 1 << bit),
         queue_sizes: vec![QUEUE_SIZE],
-        config: config(capacity),
+        config: DeviceConfig::Fixed(config(capacity)),
     }
 }
 

@@ -370,7 +370,7 @@ fn bad_extents_are_refused_with_a_reason() {
 #[test]
 fn a_small_disk_ends_where_it_says() {
     let (info, backend, handle) = device("disk1".into(), 9 * 512, vec![(extent(0, 16, true), file(8192))]).unwrap();
-    assert_eq!(info.config[..8], 9_u64.to_le_bytes());
+    assert_eq!(info.config.bytes()[..8], 9_u64.to_le_bytes());
     let guest = Guest::new();
     let (driver, active) = guest.queue(8);
     let running = Running::start(backend, &guest, 0, vec![active]);
@@ -386,7 +386,7 @@ fn a_small_disk_ends_where_it_says() {
 #[test]
 fn the_configuration_is_laid_out_as_the_specification_says() {
     let (info, _, _) = pod_disk(vec![]).unwrap();
-    let config = info.config;
+    let config = info.config.bytes();
     assert_eq!(config.len(), 60);
     assert_eq!(config[..8], (POD_DISK_BYTES / 512).to_le_bytes());
     assert_eq!(config[12..16], SEG_MAX.to_le_bytes());

@@ -223,5 +223,5 @@ fn tags_that_no_guest_could_name_are_refused() {
         assert!(device("fs0".into(), tag, pair().0).is_err(), "{tag:?}");
     }
     let (info, ..) = device("fs0".into(), &"x".repeat(36), pair().0).unwrap();
-    assert_eq!((info.id, info.config.len(), info.config[36]), (26, 40, 1));
+    assert_eq!((info.id, info.config.bytes().len(), info.config.bytes()[36]), (26, 40, 1));
 }

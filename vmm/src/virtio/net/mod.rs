@@ -39,7 +39,7 @@ use self::receive::Receiver;
 pub use self::tap::TapError;
 use super::buffers::{Buffers, gather};
 use super::counters::{Counter, Snapshot};
-use super::device::{Active, ActiveQueue, Backend, DeviceError, DeviceInfo};
+use super::device::{Active, ActiveQueue, Backend, DeviceConfig, DeviceError, DeviceInfo};
 use super::poller::{Poller, Wait};
 
 /// Bytes of `struct virtio_net_hdr_v1`.
@@ -130,7 +130,7 @@ fn info(name: String, mac: [u8; 6]) -> DeviceInfo {
         class: [0x02, 0x00, 0x00],
         features: features.iter().fold(0, |bits, bit| bits | 1 << bit),
         queue_sizes: QUEUE_SIZES.to_vec(),
-        config: mac.to_vec(),
+        config: DeviceConfig::Fixed(mac.to_vec()),
     }
 }
 

@@ -44,7 +44,7 @@ use self::session::Session;
 pub use self::sink::SinkError;
 use self::sink::Sinks;
 use super::counters::{Counter, Snapshot};
-use super::device::{Active, Backend, DeviceError, DeviceInfo};
+use super::device::{Active, Backend, DeviceConfig, DeviceError, DeviceInfo};
 use super::inbox::{AskError, Asker, Inbox};
 use super::poller::{Poller, Wait};
 
@@ -144,7 +144,7 @@ pub fn device(listener: UnixListener, ready: impl FnMut() + Send + 'static) -> i
         // Without any feature bit the device does streams alone (virtio 1.2 §5.10.3).
         features: 0,
         queue_sizes: QUEUE_SIZES.to_vec(),
-        config: GUEST_CID.to_le_bytes().to_vec(),
+        config: DeviceConfig::Fixed(GUEST_CID.to_le_bytes().to_vec()),
     };
     let vsock =
         Vsock { listener, ready: Box::new(ready), sinks: Sinks::default(), inbox, counters, patience: PATIENCE };
