@@ -10,7 +10,7 @@ use tokio::io::Interest;
 use vmm_control::{Command, Reply, wire};
 
 use crate::error::{Error, IoContext, Result};
-use crate::pod::PodDir;
+use crate::pod_dir::PodDir;
 use crate::watched::watch;
 
 /// Longest wait for the answer to a command: the VMM's control thread does nothing that waits.

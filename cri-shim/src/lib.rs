@@ -15,6 +15,7 @@ pub mod metrics;
 mod mount_table;
 pub mod network;
 pub mod pod;
+pub mod pod_dir;
 mod process;
 mod random;
 mod record;

@@ -20,7 +20,8 @@ use vmm_control::{
 };
 
 use crate::error::{Error, IoContext, Result};
-use crate::pod::{CoreConfig, Frame, Moment, PodDir};
+use crate::pod::{CoreConfig, Frame, Moment};
+use crate::pod_dir::PodDir;
 use crate::process::{self, ProcessRecord};
 use crate::spawner::{Child, Client, Ended, Kind, Program};
 use crate::watched::watch;

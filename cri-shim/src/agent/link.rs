@@ -10,7 +10,7 @@ use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 
 use crate::error::{Error, Result};
-use crate::pod::PodDir;
+use crate::pod_dir::PodDir;
 
 /// Longest answer to `CONNECT`, in bytes.
 const ANSWER_BYTES: usize = 64;

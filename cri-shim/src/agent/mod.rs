@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
 
 use crate::error::{Error, Result};
-use crate::pod::PodDir;
+use crate::pod_dir::PodDir;
 use link::Link;
 
 pub use session::{Session, SessionOutput, SessionReader, SessionWriter};

@@ -9,7 +9,7 @@ use v1::to_session::Message as To;
 use super::link::{self, Link};
 use super::refusal;
 use crate::error::{Error, Result};
-use crate::pod::PodDir;
+use crate::pod_dir::PodDir;
 
 /// Longest wait for the connection.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);

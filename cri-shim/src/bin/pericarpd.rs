@@ -13,7 +13,7 @@ use clap::Parser;
 use cri_shim::config::{Config, DEFAULT_PATH};
 use cri_shim::cri::{self, Node};
 use cri_shim::image::Store;
-use cri_shim::metrics::{self, Metrics};
+use cri_shim::metrics::{self, Metrics, Sources};
 use cri_shim::network::Network;
 use cri_shim::pod::Pods;
 use cri_shim::spawner::Spawner;
@@ -117,7 +117,8 @@ async fn run(config: &Config, spawner: Spawner) -> Result<()> {
 async fn observe(config: &Config, node: &Node) -> Result<()> {
     node.metrics.watch_boots(node.pods.clone());
     let Some(address) = config.metrics.address().map_err(anyhow::Error::msg)? else { return Ok(()) };
-    let served = metrics::server::start(address, node.metrics.clone(), node.clone()).await;
+    let sources = Sources { pods: node.pods.clone(), images: node.images.clone() };
+    let served = metrics::server::start(address, node.metrics.clone(), sources).await;
     let at = served.with_context(|| format!("listening on {address}, the configuration's metrics.listen"))?;
     tracing::info!(%at, "metrics can be read");
     Ok(())

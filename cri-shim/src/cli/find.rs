@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 
 use crate::config::Config;
-use crate::pod::{CoreConfig, PodDir};
+use crate::pod::CoreConfig;
+use crate::pod_dir::PodDir;
 use crate::record::{ContainerRecord, Record};
 
 /// A pod's record and where it was found.

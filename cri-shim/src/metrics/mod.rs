@@ -23,7 +23,8 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
-use crate::cri::Node;
+use crate::image::Store;
+use crate::pod::Pods;
 
 /// Before every name.
 const PREFIX: &str = "pericarp";
@@ -32,6 +33,15 @@ const PREFIX: &str = "pericarp";
 const SHORTEST: f64 = 0.001;
 const FACTOR: f64 = 2.0;
 const BOUNDS: u16 = 17;
+
+/// Of which a snapshot is told.
+#[derive(Clone)]
+pub struct Sources {
+    /// Pods and their VMs.
+    pub pods: Pods,
+    /// Images.
+    pub images: Store,
+}
 
 /// Where things are counted. Cheap to clone; every clone counts in the same place.
 #[derive(Clone, Debug)]
@@ -131,10 +141,10 @@ impl Metrics {
     }
 
     /// All there is to tell.
-    async fn text(&self, node: &Node) -> Result<String, std::fmt::Error> {
+    async fn text(&self, sources: &Sources) -> Result<String, std::fmt::Error> {
         let mut text = String::new();
         encode_registry(&mut text, &self.0.registry)?;
-        encode_registry(&mut text, &snapshot::take(node).await)?;
+        encode_registry(&mut text, &snapshot::take(sources).await)?;
         encode_eof(&mut text)?;
         Ok(text)
     }

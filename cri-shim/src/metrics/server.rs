@@ -16,8 +16,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 
-use super::Metrics;
-use crate::cri::Node;
+use super::{Metrics, Sources};
 
 /// Most connections at a time; more wait to be accepted.
 const CONNECTIONS: usize = 16;
@@ -37,7 +36,7 @@ const FORMAT: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8
 const PATH: &str = "/metrics";
 
 /// Serves at an address, for as long as the runtime does.
-pub async fn start(address: SocketAddr, metrics: Metrics, node: Node) -> io::Result<SocketAddr> {
+pub async fn start(address: SocketAddr, metrics: Metrics, sources: Sources) -> io::Result<SocketAddr> {
     let listener = TcpListener::bind(address).await?;
     let address = listener.local_addr()?;
     tokio::spawn(async move {
@@ -46,9 +45,9 @@ pub async fn start(address: SocketAddr, metrics: Metrics, node: Node) -> io::Res
             let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
             match listener.accept().await {
                 Ok((stream, _)) => {
-                    let (metrics, node) = (metrics.clone(), node.clone());
+                    let (metrics, sources) = (metrics.clone(), sources.clone());
                     tokio::spawn(async move {
-                        let _late = tokio::time::timeout(CONNECTION_LIMIT, serve(stream, &metrics, &node)).await;
+                        let _late = tokio::time::timeout(CONNECTION_LIMIT, serve(stream, &metrics, &sources)).await;
                         drop(place);
                     });
                 }
@@ -63,8 +62,8 @@ pub async fn start(address: SocketAddr, metrics: Metrics, node: Node) -> io::Res
     Ok(address)
 }
 
-async fn serve(stream: TcpStream, metrics: &Metrics, node: &Node) {
-    let service = service_fn(|request| async move { Ok::<_, Infallible>(answer(&request, metrics, node).await) });
+async fn serve(stream: TcpStream, metrics: &Metrics, sources: &Sources) {
+    let service = service_fn(|request| async move { Ok::<_, Infallible>(answer(&request, metrics, sources).await) });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEADERS_LIMIT)
@@ -75,7 +74,7 @@ async fn serve(stream: TcpStream, metrics: &Metrics, node: &Node) {
     }
 }
 
-async fn answer(request: &Request<Incoming>, metrics: &Metrics, node: &Node) -> Response<Full<Bytes>> {
+async fn answer(request: &Request<Incoming>, metrics: &Metrics, sources: &Sources) -> Response<Full<Bytes>> {
     if request.uri().path() != PATH {
         return plain(StatusCode::NOT_FOUND, "there is only /metrics\n");
     }
@@ -83,7 +82,7 @@ async fn answer(request: &Request<Incoming>, metrics: &Metrics, node: &Node) -> 
         let refusal = plain(StatusCode::METHOD_NOT_ALLOWED, "metrics can only be read\n");
         return with(refusal, ALLOW, "GET, HEAD");
     }
-    match metrics.text(node).await {
+    match metrics.text(sources).await {
         Ok(text) => with(Response::new(Full::from(text)), CONTENT_TYPE, FORMAT),
         Err(error) => {
             tracing::error!(%error, "the metrics cannot be written");

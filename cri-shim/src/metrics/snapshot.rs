@@ -11,8 +11,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
-use super::{PREFIX, Word};
-use crate::cri::Node;
+use super::{PREFIX, Sources, Word};
 use crate::pod::{ContainerState, PodState, PodStatus};
 
 /// Longest wait for one VMM's counters. A VMM that hangs is missing from the answer, which comes all the same.
@@ -52,13 +51,13 @@ struct ExitLabels {
 }
 
 /// Looks at everything once.
-pub(super) async fn take(node: &Node) -> Registry {
+pub(super) async fn take(sources: &Sources) -> Registry {
     let mut registry = Registry::with_prefix(PREFIX);
-    let pods = node.pods.pods();
+    let pods = sources.pods.pods();
     count_pods(&mut registry, &pods);
-    count_ends(&mut registry, node.pods.vm_ends());
-    count_exits(&mut registry, node, &pods).await;
-    count_images(&mut registry, node).await;
+    count_ends(&mut registry, sources.pods.vm_ends());
+    count_exits(&mut registry, sources, &pods).await;
+    count_images(&mut registry, sources).await;
     registry
 }
 
@@ -116,10 +115,10 @@ fn count_ends(registry: &mut Registry, ends: BTreeMap<&'static str, u64>) {
     );
 }
 
-async fn count_exits(registry: &mut Registry, node: &Node, pods: &[Arc<PodStatus>]) {
+async fn count_exits(registry: &mut Registry, sources: &Sources, pods: &[Arc<PodStatus>]) {
     let running: Vec<_> = pods.iter().filter(|pod| pod.vmm_pid.is_some()).cloned().collect();
     let ask = |pod: Arc<PodStatus>| async move {
-        let counters = tokio::time::timeout(VMM_LIMIT, node.pods.counters(&pod.id)).await;
+        let counters = tokio::time::timeout(VMM_LIMIT, sources.pods.counters(&pod.id)).await;
         counters.ok().and_then(Result::ok).map(|counters| (pod, counters))
     };
     let answers: Vec<_> = stream::iter(running).map(ask).buffer_unordered(AT_ONCE).collect().await;
@@ -141,8 +140,8 @@ async fn count_exits(registry: &mut Registry, node: &Node, pods: &[Arc<PodStatus
     registry.register("vmm_exits", text, of_vmm);
 }
 
-async fn count_images(registry: &mut Registry, node: &Node) {
-    let images = node.images.clone();
+async fn count_images(registry: &mut Registry, sources: &Sources) {
+    let images = sources.images.clone();
     // Files are looked at.
     let looked = tokio::task::spawn_blocking(move || Some((images.list().ok()?.len(), images.fs_info().ok()?))).await;
     let Some((count, usage)) = looked.ok().flatten() else { return };

@@ -1,14 +1,11 @@
 //! What the core must be told of its host: paths, sizes and nothing else. The daemon's configuration file and the
 //! command line both produce it.
 
-use std::fs::File;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{IoContext, Result};
+use crate::pod_dir::PodDir;
 
 /// Paths and choices of the core. Every path is absolute.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -74,7 +71,7 @@ impl CoreConfig {
 
     /// Where one pod keeps its state.
     pub fn pod_dir(&self, id: &str) -> PodDir {
-        PodDir(self.pods_dir().join(id))
+        PodDir::new(self.pods_dir().join(id))
     }
 
     /// The `pericarp-fs` binary: beside the VMM's.
@@ -85,55 +82,5 @@ impl CoreConfig {
     /// A pod's writable space.
     pub fn scratch_file(&self, id: &str) -> PathBuf {
         self.scratch_dir.join(format!("{id}.ext4"))
-    }
-}
-
-/// The directory of one pod's state, and the names in it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PodDir(PathBuf);
-
-impl PodDir {
-    /// The directory itself.
-    pub fn path(&self) -> &Path {
-        &self.0
-    }
-
-    /// A path to a name in the directory that fits a socket address however deep the directory is (unix(7) allows
-    /// 107 bytes); good while the descriptor is held.
-    pub fn reach(&self, name: &Path) -> Result<(OwnedFd, PathBuf)> {
-        let directory = File::options().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(&self.0);
-        let directory = OwnedFd::from(directory.doing(|| format!("opening {}", self.0.display()))?);
-        let path = Path::new("/proc/self/fd").join(directory.as_raw_fd().to_string());
-        Ok((directory, path.join(name.file_name().unwrap_or_default())))
-    }
-
-    /// What may exist of the pod, and what is known of it.
-    pub fn record(&self) -> PathBuf {
-        self.0.join("record.json")
-    }
-
-    /// Host side of the guest's vsock.
-    pub fn vsock(&self) -> PathBuf {
-        self.0.join("vsock.sock")
-    }
-
-    /// The VMM's control socket.
-    pub fn control(&self) -> PathBuf {
-        self.0.join("control.sock")
-    }
-
-    /// The VMM's events, one JSON object a line.
-    pub fn events(&self) -> PathBuf {
-        self.0.join("events")
-    }
-
-    /// What the process that serves shared directories wrote to its standard error.
-    pub fn file_server_log(&self) -> PathBuf {
-        self.0.join("fs.log")
-    }
-
-    /// What the VMM wrote to its standard error.
-    pub fn vmm_log(&self) -> PathBuf {
-        self.0.join("vmm.log")
     }
 }

@@ -6,9 +6,10 @@ use std::time::Duration;
 use agent_protocol::v1;
 
 use super::message;
-use super::{ContainerState, ContainerStatus, ExecOutput, PodDir};
+use super::{ContainerState, ContainerStatus, ExecOutput};
 use crate::agent::{Session, SessionOutput};
 use crate::error::{Error, Result};
+use crate::pod_dir::PodDir;
 
 /// Most bytes kept of each of a command's outputs; the rest is thrown away (CRI, ExecSync).
 const OUTPUT_BYTES: usize = 16 << 20;

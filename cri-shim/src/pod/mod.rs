@@ -32,7 +32,7 @@ use tokio::sync::{broadcast, oneshot, watch};
 use tracing::Instrument;
 use vmm_control::{Command, Reply};
 
-pub use config::{CoreConfig, PodDir};
+pub use config::CoreConfig;
 pub use events::{Event, EventKind};
 pub use stats::{Layer, PodUsage, Pressure, Stall, Throttling, Traffic, Transfers, Usage};
 pub use status::{ContainerState, ContainerStatus, ContainerUser, ExecOutput, Moment, PodDisk, PodState, PodStatus};

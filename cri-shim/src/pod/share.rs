@@ -14,12 +14,13 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use vmm_control::Command;
 
 use super::context::blocking;
+use super::files;
 use super::owner::Owner;
-use super::{PodDir, files};
 use crate::cgroup;
 use crate::control;
 use crate::error::{Error, IoContext, Result};
 use crate::kill_point::kill_point;
+use crate::pod_dir::PodDir;
 use crate::process::{self, ProcessRecord};
 use crate::record::{ContainerRecord, FileServerRecord};
 use crate::spawner::{Kind, Program};

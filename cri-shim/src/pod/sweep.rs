@@ -17,6 +17,7 @@ use crate::agent::{Agent, Answer, Call};
 use crate::cgroup;
 use crate::clock;
 use crate::error::{Error, IoContext, Result};
+use crate::pod_dir::PodDir;
 use crate::record::{Life, Phase, Record, RecordError};
 use crate::undo::Undo;
 use crate::vmm::{Vmm, cause_of};
@@ -117,9 +118,7 @@ async fn readopt(context: Arc<Context>, record: Record, vmm: Vmm) -> Owner {
     }
 }
 
-async fn find_agent(
-    dir: &super::PodDir,
-) -> Result<(Agent, tokio::sync::mpsc::Receiver<crate::agent::Notice>, v1::PodState)> {
+async fn find_agent(dir: &PodDir) -> Result<(Agent, tokio::sync::mpsc::Receiver<crate::agent::Notice>, v1::PodState)> {
     let (agent, _, notices) = Agent::connect(dir.clone(), AGENT_LIMIT).await?;
     match agent.ask(Call::GetState(v1::GetState {}), AGENT_LIMIT).await? {
         Answer::State(state) => Ok((agent, notices, state)),
