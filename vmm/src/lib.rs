@@ -22,6 +22,7 @@ pub mod virtio;
 pub mod control;
 pub mod counters;
 pub mod machine;
+pub mod room;
 
 /// An error and all its causes in one line.
 pub fn describe(error: &dyn std::error::Error) -> String {

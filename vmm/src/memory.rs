@@ -4,7 +4,6 @@
 #![expect(unsafe_code, reason = "guest memory is a mapping that Rust did not make")]
 
 use std::io;
-use std::ops::Range;
 use std::ptr;
 use std::sync::Arc;
 
@@ -12,8 +11,6 @@ use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use thiserror::Error;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MmapRegion, VolatileSlice};
-
-use crate::virtio::mem::Backing;
 
 /// A MiB in bytes.
 pub const MIB: u64 = 1 << 20;
@@ -96,7 +93,8 @@ pub const TSS: u64 = 0xfffb_d000;
 const SLOT_LOW: u32 = 0;
 const SLOT_HIGH: u32 = 1;
 const SLOT_READ_ONLY: u32 = 2;
-const SLOT_ROOM: u32 = 3;
+/// The first slot of the room for memory that is plugged; each chunk has one.
+pub const SLOT_ROOM: u32 = 3;
 
 /// Why there is no guest memory.
 #[derive(Debug, Error)]
@@ -174,50 +172,6 @@ impl GuestRam {
         let Ok(slice) = self.memory.get_slice(GuestAddress(start), (end - start) as usize) else { return false };
         // SAFETY: the range is mapped for the life of the process, and its contents stay.
         unsafe { libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), slice.len(), libc::MADV_POPULATE_WRITE) == 0 }
-    }
-}
-
-/// The room of a VM, as its memory device uses it.
-pub struct Room {
-    vm: Arc<VmFd>,
-    memory: Arc<GuestMemoryMmap>,
-    start: u64,
-}
-
-impl Room {
-    /// That of `ram`.
-    pub fn new(vm: Arc<VmFd>, ram: &GuestRam) -> Self {
-        Self { vm, memory: Arc::clone(&ram.memory), start: ram.room.0 }
-    }
-
-    fn set_slot(&self, chunk: u64, bytes: u64) -> io::Result<()> {
-        let slice = self.memory.get_slice(GuestAddress(chunk), CHUNK as usize).map_err(io::Error::other)?;
-        let region = kvm_userspace_memory_region {
-            slot: SLOT_ROOM + ((chunk - self.start) / CHUNK) as u32,
-            flags: 0,
-            guest_phys_addr: chunk,
-            memory_size: bytes,
-            userspace_addr: slice.ptr_guard_mut().as_ptr() as u64,
-        };
-        // SAFETY: the mapping is never unmapped, so KVM may use it as long as this process lives; the guest can reach
-        // nothing beyond the chunk, all of which is guest memory.
-        unsafe { self.vm.set_user_memory_region(region) }.map_err(io::Error::from)
-    }
-}
-
-impl Backing for Room {
-    fn open(&mut self, chunk: u64) -> io::Result<()> {
-        self.set_slot(chunk, CHUNK)
-    }
-
-    fn close(&mut self, chunk: u64) -> io::Result<()> {
-        // A slot of no length is no slot (Documentation/virt/kvm/api.rst, 4.35).
-        self.set_slot(chunk, 0)
-    }
-
-    fn discard(&mut self, range: Range<u64>) -> io::Result<()> {
-        let slice = self.memory.get_slice(GuestAddress(range.start), (range.end - range.start) as usize);
-        discard(&slice.map_err(io::Error::other)?).map(drop)
     }
 }
 
