@@ -74,7 +74,7 @@ test-host: setup
 
 # Two labs side by side use both cores; the longest comes first.
 LAB_TESTS_A := pod cli kill volumes block images resize
-LAB_TESTS_B := bad_input streaming at_once calls observe bulk kill_points
+LAB_TESTS_B := bad_input streaming at_once calls observe kill_points
 LAB_TESTS_SLOW := in_turn kill_points bulk upgrade
 
 # $(call in_lab,PACKAGE,TESTS): cargo runs each test binary through the lab.
