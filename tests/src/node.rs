@@ -278,7 +278,7 @@ impl Node {
             "--config",
             "/dev/null",
             "--timeout",
-            "120s",
+            "240s",
             "--runtime-endpoint",
             &endpoint,
             "--image-endpoint",

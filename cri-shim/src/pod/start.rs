@@ -32,7 +32,7 @@ use crate::spec::{NetworkSource, PodSpec};
 use crate::vmm::{Launch, Vmm};
 
 /// Longest boot, from the VMM's start to the agent's Hello; room for a host that starts many at once.
-const BOOT_LIMIT: Duration = Duration::from_secs(60);
+const BOOT_LIMIT: Duration = Duration::from_secs(120);
 
 /// How soon after its connections a VMM's process ends.
 const END_LIMIT: Duration = Duration::from_secs(1);

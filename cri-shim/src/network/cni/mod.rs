@@ -24,7 +24,7 @@ use config::{ConfList, Plugin};
 use record::{Record, Session};
 
 /// Longest that one plugin may take.
-const PLUGIN_LIMIT: Duration = Duration::from_secs(60);
+const PLUGIN_LIMIT: Duration = Duration::from_secs(120);
 
 /// What can go wrong between the runtime and the plugins.
 #[derive(Debug, thiserror::Error)]
