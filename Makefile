@@ -59,6 +59,7 @@ test: lint test-host test-lab
 test-all: test
 	tests/lab/selftest
 	tests/lab/previous >/dev/null
+	tests/lab/go-tools all-in-one >/dev/null
 	PERICARP_KILL_ROUNDS=20 PERICARP_BULK=whole $(call in_lab,pericarp-tests,$(LAB_TESTS_SLOW))
 
 lint:
@@ -75,7 +76,7 @@ test-host: setup
 # Two labs side by side use both cores; the longest comes first.
 LAB_TESTS_A := pod cli kill volumes block images resize
 LAB_TESTS_B := bad_input streaming at_once calls observe kill_points
-LAB_TESTS_SLOW := in_turn kill_points bulk upgrade
+LAB_TESTS_SLOW := in_turn kill_points bulk upgrade spans
 
 # $(call in_lab,PACKAGE,TESTS): cargo runs each test binary through the lab.
 in_lab = CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='$(CURDIR)/$(LAB) --timeout 2400 --' cargo test --locked -p $(1) \

@@ -1,8 +1,10 @@
-//! Compiles the CRI without a `protoc`.
+//! Compiles the CRI and the spans' protocol without a `protoc`.
+
+const PROTOS: [&str; 2] = ["cri.proto", "otlp.proto"];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    println!("cargo:rerun-if-changed=proto/cri.proto");
-    let descriptors = protox::compile(["cri.proto"], ["proto"])?;
+    println!("cargo:rerun-if-changed=proto");
+    let descriptors = protox::compile(PROTOS, ["proto"])?;
     tonic_prost_build::configure().compile_fds(descriptors)?;
     Ok(())
 }

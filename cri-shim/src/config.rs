@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use tonic::transport::Endpoint;
 
 use crate::image::{HostConfig, RegistryConfig, StoreConfig};
 use crate::network::NetworkConfig;
@@ -36,6 +37,8 @@ pub struct Config {
     pub cni: CniConfig,
     /// What can be read of the daemon's counters.
     pub metrics: MetricsConfig,
+    /// Who is told of calls that are traced.
+    pub tracing: TracingConfig,
     /// How registries are reached that need more than their name.
     #[serde(rename = "registry")]
     pub registries: Vec<Registry>,
@@ -60,6 +63,14 @@ pub struct CniConfig {
 pub struct MetricsConfig {
     /// Address and port of HTTP; empty for none.
     pub listen: String,
+}
+
+/// Who is told of calls that are traced.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TracingConfig {
+    /// URL of a collector of OpenTelemetry's; empty for none.
+    pub collector: String,
 }
 
 /// A registry that needs more than its name.
@@ -110,6 +121,7 @@ impl Default for Config {
             registry_stall_seconds: store.registries.stall_seconds,
             cni: CniConfig::default(),
             metrics: MetricsConfig::default(),
+            tracing: TracingConfig::default(),
             registries: Vec::new(),
             core: CoreConfig::default(),
         }
@@ -148,6 +160,7 @@ impl Config {
             return Err("handler is empty".to_owned());
         }
         config.metrics.address()?;
+        config.tracing.endpoint()?;
         Ok(config)
     }
 
@@ -197,6 +210,24 @@ impl MetricsConfig {
     }
 }
 
+impl TracingConfig {
+    /// The collector, if there is one.
+    pub fn endpoint(&self) -> Result<Option<Endpoint>, String> {
+        if self.collector.is_empty() {
+            return Ok(None);
+        }
+        let wrong = || {
+            format!(
+                "tracing.collector {:?} is no URL: write http://HOST:PORT, such as http://127.0.0.1:4317",
+                self.collector
+            )
+        };
+        // TLS is for networks; a node's collector is on the node.
+        let plain = self.collector.starts_with("http://");
+        Endpoint::from_shared(self.collector.clone()).ok().filter(|_| plain).map(Some).ok_or_else(wrong)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -238,6 +269,7 @@ mod tests {
             ("socket = \"/var/run/crio/crio.sock\"", "CRI-O"),
             ("handler = \"\"", "handler"),
             ("[metrics]\nlisten = \"9617\"", "127.0.0.1:9617"),
+            ("[tracing]\ncollector = \"https://there:4317\"", "http://127.0.0.1:4317"),
         ] {
             let error = Config::parse(text).expect_err(text);
             assert!(error.contains(word), "{text}: {error}");

@@ -21,6 +21,7 @@ mod random;
 mod record;
 mod scratch;
 pub mod seccomp;
+pub mod spans;
 pub mod spawner;
 pub mod spec;
 pub mod streaming;

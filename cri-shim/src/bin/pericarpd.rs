@@ -16,6 +16,7 @@ use cri_shim::image::Store;
 use cri_shim::metrics::{self, Metrics, Sources};
 use cri_shim::network::Network;
 use cri_shim::pod::Pods;
+use cri_shim::spans::Spans;
 use cri_shim::spawner::Spawner;
 use cri_shim::streaming::Streaming;
 use nix::sys::prctl::set_thp_disable;
@@ -78,6 +79,8 @@ async fn run(config: &Config, spawner: Spawner) -> Result<()> {
         .await
         .context("finding the pods of an earlier daemon")?;
     let streaming = Streaming::start(pods.clone()).await.context("starting the streaming server")?;
+    let collector = config.tracing.endpoint().map_err(anyhow::Error::msg)?;
+    let spans = collector.map_or_else(Spans::default, |collector| Spans::start(&collector, pods.clone()));
     let node = Node {
         pods,
         images,
@@ -86,6 +89,7 @@ async fn run(config: &Config, spawner: Spawner) -> Result<()> {
         handler: config.handler.clone(),
         config: serde_json::to_value(config).context("the configuration as JSON")?,
         metrics: Metrics::default(),
+        spans,
     };
     observe(config, &node).await?;
     let listener = listen(&config.socket)?;

@@ -1,5 +1,5 @@
 //! What is known of every call: who made it, what it was about, how it ended and how long it took. All of them are counted; each
-//! that changes something leaves one line in the log, under the target `audit`.
+//! that changes something leaves one line in the log, under the target `audit`, and each that its client traces is a span.
 //!
 //! Who a call is about only its handler knows, and says so by [`pod`], [`container`] and [`image`]; the line is written here, also
 //! for calls that are refused, late or given up by their clients. Neither commands nor environments are logged: they hold secrets.
@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::pin::Pin;
 use std::sync::LazyLock;
 use std::task::{Context, Poll};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use http::{Request, Response};
 use tonic::transport::server::UdsConnectInfo;
@@ -17,8 +17,10 @@ use tonic::{Code, Status};
 use tower::Service;
 
 use super::proto::PodSandboxMetadata;
+use crate::clock;
 use crate::metrics::Metrics;
 use crate::pod::{ContainerStatus, PodStatus, Pods};
+use crate::spans::{self, Spans, Trace};
 use crate::spec::PodIdentity;
 
 /// Target of the audit's lines.
@@ -42,6 +44,9 @@ const READING_END: [&str; 4] = ["Status", "Stats", "FsInfo", "RuntimeConfig"];
 /// The one call that changes something and ends as those do that do not.
 const UPDATE_CONFIG: &str = "UpdateRuntimeConfig";
 
+/// The one that starts a VM.
+const RUN_POD: &str = "/RunPodSandbox";
+
 fn changes(call: &str) -> bool {
     let reads =
         READING.iter().any(|start| call.starts_with(start)) || READING_END.iter().any(|end| call.ends_with(end));
@@ -56,6 +61,22 @@ struct Subject {
     container: Option<String>,
     container_id: Option<String>,
     image: Option<String>,
+}
+
+impl Subject {
+    /// As OpenTelemetry's conventions name them.
+    fn attributes(&self) -> Vec<(&'static str, String)> {
+        let identity = self.identity.as_ref();
+        let known = [
+            ("k8s.namespace.name", identity.map(|identity| &identity.namespace)),
+            ("k8s.pod.name", identity.map(|identity| &identity.name)),
+            ("k8s.pod.uid", identity.map(|identity| &identity.uid)),
+            ("k8s.container.name", self.container.as_ref()),
+            ("container.id", self.container_id.as_ref()),
+            ("container.image.name", self.image.as_ref()),
+        ];
+        known.into_iter().filter_map(|(name, value)| Some((name, value?.clone()))).collect()
+    }
 }
 
 tokio::task_local! {
@@ -125,6 +146,7 @@ pub(super) fn image(name: &str) {
 pub(super) struct Observed<S> {
     pub(super) inner: S,
     pub(super) metrics: Metrics,
+    pub(super) spans: Spans,
 }
 
 impl<S, B, R> Service<Request<B>> for Observed<S>
@@ -148,8 +170,15 @@ where
         let peer = request.extensions().get::<UdsConnectInfo>().and_then(|info| info.peer_cred);
         let (uid, pid) = (peer.map(|peer| peer.uid()), peer.and_then(|peer| peer.pid()));
         // Dropped without an answer, the call was given up.
-        let mut end =
-            End { call, uid, pid, code: Code::Cancelled, began: Instant::now(), metrics: self.metrics.clone() };
+        let mut end = End {
+            call,
+            uid,
+            pid,
+            code: Code::Cancelled,
+            began: Instant::now(),
+            metrics: self.metrics.clone(),
+            traced: self.traced(call, &request),
+        };
         let answer = self.inner.call(request);
         Box::pin(SUBJECT.scope(RefCell::default(), async move {
             let answer = answer.await;
@@ -163,6 +192,38 @@ where
     }
 }
 
+impl<S> Observed<S> {
+    fn traced<B>(&self, call: &str, request: &Request<B>) -> Option<Traced> {
+        let trace = self.spans.trace(request.headers())?;
+        let name = if call == UNKNOWN { UNKNOWN } else { request.uri().path().trim_start_matches('/') };
+        Some(Traced { trace, name: name.to_owned(), spans: self.spans.clone() })
+    }
+}
+
+/// A call that its client traces.
+struct Traced {
+    trace: Trace,
+    name: String,
+    spans: Spans,
+}
+
+impl Traced {
+    fn tell(self, code: Code, took: Duration, subject: &Subject) {
+        let to_ns = clock::realtime_ns();
+        let took = i64::try_from(took.as_nanos()).unwrap_or(i64::MAX);
+        let made_pod = subject.pod_id.clone().filter(|_| self.name.ends_with(RUN_POD) && code == Code::Ok);
+        self.spans.tell(spans::Call {
+            trace: self.trace,
+            name: self.name,
+            from_ns: to_ns.saturating_sub(took),
+            to_ns,
+            code,
+            attributes: subject.attributes(),
+            made_pod,
+        });
+    }
+}
+
 /// Tells of a call when it is over, in whatever way.
 struct End {
     call: &'static str,
@@ -171,6 +232,7 @@ struct End {
     code: Code,
     began: Instant,
     metrics: Metrics,
+    traced: Option<Traced>,
 }
 
 impl End {
@@ -184,10 +246,17 @@ impl Drop for End {
         let took = self.began.elapsed();
         let code = code_name(self.code);
         self.metrics.called(self.call, code, took);
-        if !changes(self.call) {
+        let changes = changes(self.call);
+        if !changes && self.traced.is_none() {
             return;
         }
         let subject = SUBJECT.try_with(|subject| subject.borrow().clone()).unwrap_or_default();
+        if let Some(traced) = self.traced.take() {
+            traced.tell(self.code, took, &subject);
+        }
+        if !changes {
+            return;
+        }
         let identity = subject.identity.as_ref();
         tracing::info!(
             target: AUDIT,

@@ -22,6 +22,7 @@ use crate::image::Store;
 use crate::metrics::Metrics;
 use crate::network::Network;
 use crate::pod::Pods;
+use crate::spans::Spans;
 use crate::streaming::Streaming;
 use calls::Observed;
 use deadline::Deadline;
@@ -54,6 +55,8 @@ pub struct Node {
     pub config: serde_json::Value,
     /// Where calls are counted.
     pub metrics: Metrics,
+    /// Where calls are told that their clients trace.
+    pub spans: Spans,
 }
 
 /// Answers calls until `shutdown` is over; those under way are then finished.
@@ -62,11 +65,11 @@ pub async fn serve(
     node: Node,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
-    let metrics = node.metrics.clone();
+    let (metrics, spans) = (node.metrics.clone(), node.spans.clone());
     let runtime = RuntimeServiceServer::new(node.clone());
     let images = ImageServiceServer::new(node);
     tonic::transport::Server::builder()
-        .layer(tower::layer::layer_fn(move |inner| Observed { inner, metrics: metrics.clone() }))
+        .layer(tower::layer::layer_fn(move |inner| Observed { inner, metrics: metrics.clone(), spans: spans.clone() }))
         .layer(tower::layer::layer_fn(Deadline))
         .add_service(runtime.max_decoding_message_size(MESSAGE_LIMIT).max_encoding_message_size(MESSAGE_LIMIT))
         .add_service(images.max_decoding_message_size(MESSAGE_LIMIT).max_encoding_message_size(MESSAGE_LIMIT))

@@ -14,6 +14,7 @@ mod files;
 mod memory;
 mod message;
 mod owner;
+mod phases;
 mod resize;
 mod share;
 mod size;
@@ -34,6 +35,7 @@ use vmm_control::{Command, Reply};
 
 pub use config::CoreConfig;
 pub use events::{Event, EventKind};
+pub use phases::{Phase, phases, whole};
 pub use stats::{Layer, PodUsage, Pressure, Stall, Throttling, Traffic, Transfers, Usage};
 pub use status::{ContainerState, ContainerStatus, ContainerUser, ExecOutput, Moment, PodDisk, PodState, PodStatus};
 
