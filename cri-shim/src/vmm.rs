@@ -120,6 +120,13 @@ pub(crate) struct Cause {
     pub(crate) text: String,
 }
 
+impl Cause {
+    /// Whether the guest ended it, and not the VMM or the host.
+    pub(crate) fn is_the_guests(&self) -> bool {
+        ["guest_reset", "guest_panic", "fault"].contains(&self.kind)
+    }
+}
+
 /// Why the VMM of a directory ended, from the events it left and, where known, how the process ended.
 pub(crate) fn cause_of(dir: &PodDir, ended: Option<Ended>) -> Cause {
     let events = events(dir);

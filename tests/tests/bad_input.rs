@@ -178,6 +178,17 @@ fn pods_that_cannot_be() {
 }
 
 #[test]
+fn a_guest_that_dies_at_its_boot_gets_one_more_try() {
+    let keys = "kernel_cmdline = \"rdinit=/not-there init=/not-there\"".to_owned();
+    let node = Node::start_with(&Settings { keys, ..Settings::default() });
+    let before = node.inventory();
+    let config = node.pod_config("dying", &json!({}));
+    assert_says(&node.crictl(["runp", &path(&config)]).refused(), &["the guest kernel panicked", "not-there"]);
+    assert_eq!(node.daemon_log().matches("it is started once more").count(), 1, "{}", node.daemon_log());
+    node.inventory().assert_same_as(&before);
+}
+
+#[test]
 fn containers_that_cannot_be() {
     let node = Node::start();
     node.crictl(["pull", image::BUSYBOX]).ok();

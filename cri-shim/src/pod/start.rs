@@ -47,32 +47,48 @@ const PAGE_BYTES: u64 = 4096;
 const CONSOLE_TAIL: usize = 2048;
 
 /// Starts a pod. On failure nothing is left of it.
+///
+/// What a guest does before its agent speaks has nothing to do with the pod: if it dies there, it gets one more try, as a kubelet
+/// would give it after a back-off.
 pub(super) async fn start(context: Arc<Context>, id: String, spec: PodSpec) -> Result<Owner> {
-    let mut record = plan(&context, id, spec)?;
+    let asked_for = moment("asked_for");
+    match attempt(&context, id.clone(), spec.clone(), asked_for.clone()).await {
+        Err(Failure::GuestDied { cause, undone: true }) => {
+            tracing::warn!(%cause, "the guest died before its agent spoke: it is started once more");
+            attempt(&context, id, spec, asked_for).await.map_err(Failure::into_error)
+        }
+        done => done.map_err(Failure::into_error),
+    }
+}
+
+async fn attempt(context: &Arc<Context>, id: String, spec: PodSpec, asked_for: Moment) -> Result<Owner, Failure> {
+    let mut record = plan(context, id, spec, asked_for)?;
     let turn = context.boots.acquire().await.map_err(|error| Error::Internal(error.to_string()))?;
     record.moments.push(moment("begun"));
     let (undo, dir) = (context.release(&record), context.config.pod_dir(&record.id));
-    let made = make(&context, record).await;
+    let made = make(context, record).await;
     drop(turn);
     match made {
         Ok(owner) => {
             undo.disarm();
             Ok(owner)
         }
-        Err(error) => {
+        Err(failure) => {
             // What could not be undone has been logged, and its record stays for the next sweep.
-            if undo.run().await.is_ok()
-                && let Err(left) = remove_directory(&dir)
-            {
+            let undone = undo.run().await.is_ok();
+            if undone && let Err(left) = remove_directory(&dir) {
                 tracing::warn!(error = %left, "a pod that failed is not quite gone");
             }
-            Err(error)
+            Err(match failure {
+                Failure::GuestDied { cause, .. } => Failure::GuestDied { cause, undone },
+                other => other,
+            })
         }
     }
 }
 
 /// Decides all that can be decided before anything is made.
-fn plan(context: &Context, id: String, spec: PodSpec) -> Result<Record> {
+fn plan(context: &Context, id: String, spec: PodSpec, asked_for: Moment) -> Result<Record> {
     let config = &context.config;
     let size = size(&spec, 0, config, context.host)?;
     let cgroup = cgroup::leaf(&spec.cgroup_parent, &config.cgroup_parent, &id)?;
@@ -104,7 +120,7 @@ fn plan(context: &Context, id: String, spec: PodSpec) -> Result<Record> {
         disks: vec![scratch],
         containers: std::collections::BTreeMap::new(),
         next_log_port: 0,
-        moments: vec![moment("asked_for")],
+        moments: vec![asked_for],
     })
 }
 
@@ -112,7 +128,7 @@ fn moment(name: &str) -> Moment {
     Moment { name: name.into(), at_ns: clock::boottime_ns() }
 }
 
-async fn make(context: &Arc<Context>, mut record: Record) -> Result<Owner> {
+async fn make(context: &Arc<Context>, mut record: Record) -> Result<Owner, Failure> {
     let dir = context.config.pod_dir(&record.id);
     fs::DirBuilder::new().mode(0o700).create(dir.path()).doing(|| format!("creating {}", dir.path().display()))?;
     write(&record, &dir)?;
@@ -134,10 +150,16 @@ async fn make(context: &Arc<Context>, mut record: Record) -> Result<Owner> {
     let together = boot_and_attach(context, &record, &vmm, &dir, netns.as_ref()).await;
     let (booted, attachment) = match together {
         Err(Failure::VmEnded) => {
-            let cause = context.ended(vmm.cause().await);
-            return Err(Error::Internal(format!("the VM did not start: {cause}")));
+            let cause = vmm.cause().await;
+            let died = cause.is_the_guests();
+            let cause = context.ended(cause);
+            return Err(if died {
+                Failure::GuestDied { cause, undone: false }
+            } else {
+                Failure::Other(not_started(&cause))
+            });
         }
-        Err(Failure::Other(error)) => return Err(error),
+        Err(failure) => return Err(failure),
         Ok(both) => both,
     };
     kill_point("pod.booted");
@@ -193,8 +215,29 @@ struct Booted {
 
 /// Why a pod did not come up.
 enum Failure {
+    /// Nobody has asked yet why.
     VmEnded,
+    /// The guest's own doing.
+    GuestDied {
+        cause: String,
+        /// Nothing is left of the pod.
+        undone: bool,
+    },
     Other(Error),
+}
+
+impl Failure {
+    fn into_error(self) -> Error {
+        match self {
+            Self::VmEnded => not_started("its VMM has ended"),
+            Self::GuestDied { cause, .. } => not_started(&cause),
+            Self::Other(error) => error,
+        }
+    }
+}
+
+fn not_started(cause: &str) -> Error {
+    Error::Internal(format!("the VM did not start: {cause}"))
 }
 
 impl From<Error> for Failure {
