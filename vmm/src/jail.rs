@@ -5,19 +5,18 @@
 //! pod's status can name them.
 #![expect(unsafe_code, reason = "a signal handler, and system calls without a wrapper")]
 
-use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use nix::sys::prctl::set_no_new_privs;
 use nix::sys::resource::{Resource, setrlimit};
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
-};
+use seccompiler::BpfProgram;
 use thiserror::Error;
 use vmm_control::exit;
 use vmm_sys_util::signal::register_signal_handler;
+
+use crate::filter::{self, Argument, Rule};
 
 /// Why the process cannot be confined.
 #[derive(Debug, Error)]
@@ -28,9 +27,6 @@ pub enum JailError {
     /// The filter.
     #[error("the host refuses the system call filter")]
     Filter(#[from] seccompiler::Error),
-    /// The filter's own rules.
-    #[error("the system call filter is not valid")]
-    Rules(#[from] seccompiler::BackendError),
 }
 
 /// Calls allowed whatever their arguments.
@@ -87,10 +83,11 @@ const ALLOWED: [i64; 45] = [
 ];
 
 /// Type of every KVM ioctl, in the second byte of its number.
-const KVM_IOCTLS: u64 = (kvm_bindings::KVMIO as u64) << 8;
-const IOCTL_TYPE: u64 = 0xff00;
+const KVM_IOCTLS: u32 = kvm_bindings::KVMIO << 8;
+const IOCTL_TYPE: u32 = 0xff00;
 /// What a tap is asked for and told, and non-blocking mode.
-const OTHER_IOCTLS: [u64; 4] = [libc::TUNGETIFF, libc::TUNGETVNETHDRSZ, libc::TUNSETOFFLOAD, libc::FIONBIO];
+const OTHER_IOCTLS: [u32; 4] =
+    [libc::TUNGETIFF as u32, libc::TUNGETVNETHDRSZ as u32, libc::TUNSETOFFLOAD as u32, libc::FIONBIO as u32];
 
 /// Where the handler writes the last event; -1 for nowhere.
 static EVENTS: AtomicI32 = AtomicI32::new(-1);
@@ -105,7 +102,7 @@ pub fn enter(events: Option<RawFd>) -> Result<(), JailError> {
     EVENTS.store(events.unwrap_or(-1), Ordering::Relaxed);
     register_signal_handler(libc::SIGSYS, forbidden)
         .map_err(|error| JailError::System("control of SIGSYS", error.into()))?;
-    seccompiler::apply_filter(&filter()?)?;
+    seccompiler::apply_filter(&filter())?;
     Ok(())
 }
 
@@ -116,22 +113,19 @@ fn one_heap() {
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
 }
 
-fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
-    let argument =
-        |index, op, value| SeccompRule::new(vec![SeccompCondition::new(index, SeccompCmpArgLen::Dword, op, value)?]);
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = ALLOWED.into_iter().map(|call| (call, Vec::new())).collect();
-    let mut ioctls = vec![argument(1, SeccompCmpOp::MaskedEq(IOCTL_TYPE), KVM_IOCTLS)?];
-    for request in OTHER_IOCTLS {
-        ioctls.push(argument(1, SeccompCmpOp::Eq, request)?);
-    }
-    rules.insert(libc::SYS_ioctl, ioctls);
+fn filter() -> BpfProgram {
+    let argument = |index, mask, value| Argument { index, mask, value };
+    let mut ioctls = vec![argument(1, IOCTL_TYPE, KVM_IOCTLS)];
+    ioctls.extend(OTHER_IOCTLS.map(|request| argument(1, u32::MAX, request)));
     // No memory ever becomes executable.
-    for call in [libc::SYS_mmap, libc::SYS_mprotect] {
-        rules.insert(call, vec![argument(2, SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64), 0)?]);
-    }
+    let not_executable = [argument(2, libc::PROT_EXEC as u32, 0)];
     // The guest's memory, and the allocator's, goes back to the host and is not otherwise advised on.
-    rules.insert(libc::SYS_madvise, vec![argument(2, SeccompCmpOp::Eq, libc::MADV_DONTNEED as u64)?]);
-    SeccompFilter::new(rules, SeccompAction::Trap, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
+    let given_back = [argument(2, u32::MAX, libc::MADV_DONTNEED as u32)];
+    let mut rules: Vec<Rule<'_>> = ALLOWED.into_iter().map(|call| (call as u32, [].as_slice())).collect();
+    rules.push((libc::SYS_ioctl as u32, &ioctls));
+    rules.extend([libc::SYS_mmap, libc::SYS_mprotect].map(|call| (call as u32, not_executable.as_slice())));
+    rules.push((libc::SYS_madvise as u32, &given_back));
+    filter::program(&rules)
 }
 
 fn drop_capabilities() -> io::Result<()> {
@@ -220,8 +214,14 @@ mod tests {
     }
 
     #[test]
-    fn the_filter_compiles_and_no_call_opens_or_executes() {
-        assert!(!filter().unwrap().is_empty());
+    fn the_filter_lets_no_call_open_or_execute() {
+        let program = filter();
+        let verdict = |call: i64, arguments| {
+            filter::tests::verdict(&program, 0xc000_003e, u32::try_from(call).unwrap(), arguments)
+        };
+        for call in ALLOWED {
+            assert_eq!(verdict(call, [u64::MAX; 6]), libc::SECCOMP_RET_ALLOW, "{call}");
+        }
         for call in [
             libc::SYS_open,
             libc::SYS_openat,
@@ -231,7 +231,16 @@ mod tests {
             libc::SYS_socket,
             libc::SYS_ptrace,
         ] {
-            assert!(!ALLOWED.contains(&call));
+            assert_eq!(verdict(call, [0; 6]), libc::SECCOMP_RET_TRAP, "{call}");
+        }
+        for (call, value, allowed) in [
+            (libc::SYS_mmap, libc::PROT_READ | libc::PROT_WRITE, true),
+            (libc::SYS_mprotect, libc::PROT_READ | libc::PROT_EXEC, false),
+            (libc::SYS_madvise, libc::MADV_DONTNEED, true),
+            (libc::SYS_madvise, libc::MADV_MERGEABLE, false),
+        ] {
+            let verdict = verdict(call, [0, 0, u64::try_from(value).unwrap(), 0, 0, 0]);
+            assert_eq!(verdict == libc::SECCOMP_RET_ALLOW, allowed, "{call} {value}");
         }
     }
 }

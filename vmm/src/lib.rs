@@ -8,6 +8,7 @@ pub mod notes;
 pub mod acpi;
 pub mod console;
 pub mod cpu;
+pub mod filter;
 pub mod jail;
 pub mod kvm;
 pub mod loader;
