@@ -4,7 +4,7 @@
 //! | BAR | holds | the guest |
 //! |---|---|---|
 //! | 0 | common and device configuration, MSI-X table | reads it from memory, each write exits |
-//! | 2 | notifications, interrupt status | writes it: KVM signals the queue's eventfd |
+//! | 1 | notifications, interrupt status | writes it: KVM signals the queue's eventfd |
 //!
 //! There is no VIRTIO_PCI_CAP_PCI_CFG (§4.1.4.9): it serves firmware that cannot map a BAR, and no firmware runs here.
 
@@ -49,7 +49,7 @@ const CAPABILITY_VENDOR: u8 = 0x09;
 const CAPABILITY_MSIX: u8 = 0x11;
 
 const REGISTER_BAR: u8 = 0;
-const DOORBELL_BAR: u8 = 2;
+const DOORBELL_BAR: u8 = 1;
 // Offsets in the register BAR.
 const COMMON: u32 = 0;
 const DEVICE: u32 = 0x100;
