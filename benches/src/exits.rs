@@ -11,7 +11,7 @@ use crate::trace::{Counts, Trace};
 use crate::{Place, boot, kvm, plain};
 
 /// Lines of details printed of each boot.
-const MOST_DETAILS: usize = 60;
+const MOST_DETAILS: usize = 200;
 
 /// Counts `boot.*.exit.*` and `boot.*.syscalls`.
 pub(crate) async fn measure(place: &Place, minimal: &Minimal, pods: &Pods, report: &mut Report) -> Result<()> {

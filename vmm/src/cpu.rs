@@ -10,7 +10,7 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
-use crate::memory::{GDT, PAGE_TABLES, ZERO_PAGE};
+use crate::memory::{CPUID_TABLE, GDT, PAGE_TABLES, ZERO_PAGE};
 
 /// Why a virtual CPU cannot be had.
 #[derive(Debug, Error)]
@@ -104,6 +104,10 @@ const TOPOLOGY_EXTENSIONS: u32 = 1 << 22;
 /// Page faults delivered later help hosts that swap guests out, and cost each CPU a page and an interrupt
 /// (KVM_FEATURE_ASYNC_PF, _VMEXIT and _INT).
 const ASYNC_PF: u32 = 1 << 4 | 1 << 10 | 1 << 14;
+
+/// `struct setup_data` up to its contents, and the type of ours: "CPID" (guest-kernel/patches).
+const SETUP_DATA_BYTES: usize = 16;
+const SETUP_CPUID: u32 = 0x4449_5043;
 
 /// KVM's local APIC timer runs at 1 GHz.
 const APIC_KHZ: u32 = 1_000_000;
@@ -199,11 +203,34 @@ impl Policy {
         leaves
     }
 
-    /// Gives a virtual CPU its CPUID.
-    pub fn give(&self, vcpu: &VcpuFd, id: u8, tsc_khz: u32) -> Result<(), CpuError> {
-        let cpuid = CpuId::from_entries(&self.cpuid(id, tsc_khz)).map_err(|_| CpuError::TooMany)?;
+    /// Gives a virtual CPU its CPUID; that of the first one is in the guest's memory as well.
+    pub fn give(&self, vcpu: &VcpuFd, id: u8, tsc_khz: u32, memory: &GuestMemoryMmap) -> Result<(), CpuError> {
+        let leaves = self.cpuid(id, tsc_khz);
+        if id == 0 {
+            write_table(memory, &leaves)?;
+        }
+        let cpuid = CpuId::from_entries(&leaves).map_err(|_| CpuError::TooMany)?;
         vcpu.set_cpuid2(&cpuid).map_err(|e| CpuError::Kvm("CPUID", e))
     }
+}
+
+/// `struct setup_data` with CPUID as KVM takes it. Each CPUID instruction is an exit; our guest kernel looks here first, and
+/// others pass over a type that they do not know. Left out is what changes with what the guest sets (protection keys, the
+/// sizes of enabled states), and what finds no room: that the instruction tells.
+fn write_table(memory: &GuestMemoryMmap, leaves: &[kvm_cpuid_entry2]) -> Result<(), GuestMemoryError> {
+    let changing =
+        |entry: &&kvm_cpuid_entry2| matches!((entry.function, entry.index), (EXTENDED_FEATURES, 0) | (XSAVE, 0 | 1));
+    let room = (PAGE_TABLES - CPUID_TABLE) as usize;
+    let mut data = vec![0; SETUP_DATA_BYTES];
+    for entry in leaves.iter().filter(|entry| !changing(entry)) {
+        let words = [entry.function, entry.index, entry.flags, entry.eax, entry.ebx, entry.ecx, entry.edx, 0, 0, 0];
+        data.extend(words.into_iter().flat_map(u32::to_le_bytes));
+    }
+    data.truncate(room);
+    let length = (data.len() - SETUP_DATA_BYTES) as u32;
+    data[8..12].copy_from_slice(&SETUP_CPUID.to_le_bytes());
+    data[12..16].copy_from_slice(&length.to_le_bytes());
+    memory.write_slice(&data, GuestAddress(CPUID_TABLE))
 }
 
 /// How many CPUs share a cache, less one: all of them from level 3 on.
@@ -336,6 +363,26 @@ mod tests {
             assert_eq!(leaf(&leaves, AMD_TOPOLOGY, 0).eax, id);
             assert_eq!(leaf(&leaves, AMD_SIZES, 0).ecx, 3 | 2 << 12);
         }
+    }
+
+    #[test]
+    fn the_table_in_memory_has_what_the_instruction_answers_and_nothing_that_changes() {
+        let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let leaves = Policy::apply(&host(), 1, true).unwrap().cpuid(0, 1_000_000);
+        write_table(&memory, &leaves).unwrap();
+        let header: [u32; 4] = memory.read_obj(GuestAddress(CPUID_TABLE)).unwrap();
+        assert_eq!(header[..3], [0, 0, SETUP_CPUID], "the last of its list");
+        let mut table = vec![0; header[3] as usize];
+        memory.read_slice(&mut table, GuestAddress(CPUID_TABLE + SETUP_DATA_BYTES as u64)).unwrap();
+        let words: Vec<_> = table.chunks(4).map(|word| u32::from_le_bytes(word.try_into().unwrap())).collect();
+        let entries: Vec<_> = words.chunks_exact(10).collect();
+        let features = leaf(&leaves, FEATURES, 0);
+        assert!(
+            entries.iter().any(|entry| entry[0] == FEATURES && entry[5] == features.ecx && entry[6] == features.edx)
+        );
+        let changing = [(EXTENDED_FEATURES, 0), (XSAVE, 0), (XSAVE, 1)];
+        assert!(entries.iter().all(|entry| !changing.contains(&(entry[0], entry[1]))));
+        assert!(CPUID_TABLE + SETUP_DATA_BYTES as u64 + table.len() as u64 <= PAGE_TABLES);
     }
 
     #[test]

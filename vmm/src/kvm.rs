@@ -7,6 +7,7 @@ use std::sync::Arc;
 use kvm_bindings::{KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVMIO, kvm_enable_cap};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use thiserror::Error;
+use vm_memory::GuestMemoryMmap;
 use vmm_control::exit;
 use vmm_sys_util::ioctl::{_IOC_READ, _IOC_WRITE, ioctl_expr, ioctl_with_mut_ref};
 
@@ -115,12 +116,18 @@ impl Host {
     }
 
     /// Makes the virtual CPUs, the first of them at `entry`.
-    pub fn create_vcpus(&self, vm: &VmFd, count: u8, entry: u64) -> Result<Vec<VcpuFd>, KvmError> {
+    pub fn create_vcpus(
+        &self,
+        vm: &VmFd,
+        memory: &GuestMemoryMmap,
+        count: u8,
+        entry: u64,
+    ) -> Result<Vec<VcpuFd>, KvmError> {
         let policy = Policy::new(&self.kvm, count)?;
         let make = |id: u8| {
             let vcpu = vm.create_vcpu(id.into()).map_err(|e| KvmError::Call("create a virtual CPU", e))?;
             let tsc_khz = vcpu.get_tsc_khz().unwrap_or(0);
-            policy.give(&vcpu, id, tsc_khz)?;
+            policy.give(&vcpu, id, tsc_khz, memory)?;
             crate::cpu::set_states(&vcpu, &policy)?;
             crate::cpu::set_registers(&vcpu, id, entry)?;
             Ok(vcpu)

@@ -15,8 +15,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::console::RING_BYTES;
 use crate::memory::{
-    ABOVE_4G, COMMAND_LINE, COMMAND_LINE_BYTES, ECAM, ECAM_BYTES, GuestRam, HIGH_RAM, HUGE_PAGE, LOW_END, PAGE, RING,
-    RNG_SEED, ZERO_PAGE,
+    ABOVE_4G, COMMAND_LINE, COMMAND_LINE_BYTES, CPUID_TABLE, ECAM, ECAM_BYTES, GuestRam, HIGH_RAM, HUGE_PAGE, LOW_END,
+    PAGE, RING, RNG_SEED, ZERO_PAGE,
 };
 
 /// Bytes of the seed for the guest's random number generator.
@@ -84,6 +84,8 @@ pub struct Image<'a> {
     pub command_line: &'a str,
     /// Seed of the guest's random number generator.
     pub seed: [u8; SEED_BYTES],
+    /// Whether the kernel is one that looks for the table of CPUID that `cpu` writes.
+    pub cpuid_table: bool,
     /// Address of the ACPI root pointer.
     pub acpi_root: u64,
 }
@@ -99,7 +101,7 @@ pub struct Loaded {
 
 /// Loads all of it.
 pub fn load(ram: &GuestRam, image: Image<'_>) -> Result<Loaded, LoadError> {
-    let Image { mut kernel, initrd, command_line, seed, acpi_root } = image;
+    let Image { mut kernel, initrd, command_line, seed, cpuid_table, acpi_root } = image;
     let kernel = load_kernel(ram, &mut kernel)?;
     let mut params = boot_params { acpi_rsdp_addr: acpi_root, ..Default::default() };
     params.hdr = kernel.header;
@@ -117,7 +119,7 @@ pub fn load(ram: &GuestRam, image: Image<'_>) -> Result<Loaded, LoadError> {
     }
     params.hdr.cmd_line_ptr = COMMAND_LINE as u32;
     params.hdr.cmdline_size = write_command_line(ram, command_line)? as u32;
-    params.hdr.setup_data = write_seed(ram, &seed)?;
+    params.hdr.setup_data = write_seed(ram, &seed, if cpuid_table { CPUID_TABLE } else { 0 })?;
     describe_memory(ram, &mut params);
     ram.memory.write_obj(params, GuestAddress(ZERO_PAGE))?;
     Ok(Loaded { entry: kernel.entry, extent: (kernel.entry, end) })
@@ -197,8 +199,9 @@ fn write_command_line(ram: &GuestRam, line: &str) -> Result<usize, LoadError> {
 }
 
 /// `struct setup_data` with the seed; returns its address. The kernel wipes the seed once it has used it.
-fn write_seed(ram: &GuestRam, seed: &[u8; SEED_BYTES]) -> Result<u64, LoadError> {
+fn write_seed(ram: &GuestRam, seed: &[u8; SEED_BYTES], next: u64) -> Result<u64, LoadError> {
     let mut data = [0; 16 + SEED_BYTES];
+    data[..8].copy_from_slice(&next.to_le_bytes());
     data[8..12].copy_from_slice(&SETUP_RNG_SEED.to_le_bytes());
     data[12..16].copy_from_slice(&(SEED_BYTES as u32).to_le_bytes());
     data[16..].copy_from_slice(seed);

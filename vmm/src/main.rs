@@ -85,12 +85,14 @@ fn boot(setup: Setup, events: &mut Events) -> Result<i32, StartError> {
     // What the guest finds in memory, and its CPUs at the kernel's entry.
     cpu::write_boot_tables(&ram.memory).map_err(LoadError::from)?;
     let acpi_root = acpi::write(&ram.memory, setup.vcpus, serial).map_err(LoadError::from)?;
-    let command_line = command_line(&setup.cmdline, serial, setup.vsock.is_some(), setup.room_mib > 0);
+    let agent = setup.vsock.is_some();
+    let command_line = command_line(&setup.cmdline, serial, agent, setup.room_mib > 0);
     let seed = loader::seed()?;
-    let image = Image { kernel: setup.kernel, initrd: setup.initrd, command_line: &command_line, seed, acpi_root };
+    let (kernel, initrd) = (setup.kernel, setup.initrd);
+    let image = Image { kernel, initrd, command_line: &command_line, seed, cpuid_table: agent, acpi_root };
     let loaded = loader::load(&ram, image)?;
     let populated = ram.populate(loaded.extent);
-    let vcpus = host.create_vcpus(&vm, setup.vcpus, loaded.entry)?;
+    let vcpus = host.create_vcpus(&vm, &ram.memory, setup.vcpus, loaded.entry)?;
     let stats = vcpus.iter().map(Stats::open).chain([Stats::open(&*vm)]).filter_map(Result::ok).collect();
 
     // Everything is open: from here on the guest's input reaches a process that can open nothing.
@@ -130,15 +132,15 @@ fn boot(setup: Setup, events: &mut Events) -> Result<i32, StartError> {
 /// A panic ends the guest at once. There is no PCI behind ports 0xcf8 and 0xcfc, so Linux need not look there for
 /// devices with early quirks, two exits each. Its lock prefixes stay as they are with one CPU too: taking them out costs
 /// 4 million instructions, and putting them back when a second one comes as many again. The console is the ring, or
-/// the serial port of a machine that has one. An agent brings up the CPUs beyond the first when it is ready. Memory that is
-/// plugged is used at once; three parts in four of it at most for what can be moved, and so given back, since the rest
-/// has to hold what the kernel itself keeps for it.
+/// the serial port of a machine that has one. An agent brings up the CPUs beyond the first when it is ready, and is unpacked into
+/// a file system that can take the initrd's pages as they are. Memory that is plugged is used at once; three parts in
+/// four of it at most for what can be moved, and so given back, since the rest has to hold what the kernel itself keeps for it.
 fn command_line(added: &str, serial: bool, agent: bool, room: bool) -> String {
     let console = if serial { " console=ttyS0" } else { "" };
-    let cpus = if agent { " maxcpus=1" } else { "" };
+    let agent = if agent { " maxcpus=1 rootfstype=ramfs" } else { "" };
     let plug = if room { " memhp_default_state=online memory_hotplug.online_policy=auto-movable" } else { "" };
     let own = console::parameters();
-    format!("panic=-1 pci=noearly noreplace-smp {own}{console}{cpus}{plug} {added}").trim_end().to_owned()
+    format!("panic=-1 pci=noearly noreplace-smp {own}{console}{agent}{plug} {added}").trim_end().to_owned()
 }
 
 fn open_serial(vm: &kvm_ioctls::VmFd, keyboard: Option<File>) -> io::Result<Port> {

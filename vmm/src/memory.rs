@@ -30,6 +30,9 @@ pub const ZERO_PAGE: u64 = 0x7000;
 /// The seed for the guest's random number generator, wiped by the guest.
 pub const RNG_SEED: u64 = 0x8000;
 
+/// What the first CPU answers to CPUID, for a kernel that would rather read than exit.
+pub const CPUID_TABLE: u64 = 0x8100;
+
 /// Three pages of page tables that map the first GiB to itself.
 pub const PAGE_TABLES: u64 = 0x9000;
 
