@@ -162,7 +162,7 @@ pub(crate) struct ContainerRecord {
     pub spec: Arc<ContainerSpec>,
     /// `CLOCK_REALTIME` in nanoseconds.
     pub created_at_ns: i64,
-    /// Id of its image.
+    /// Id of its image; empty if its files are a directory or disk of the host.
     pub image_id: String,
     /// Its log and the port that leads there.
     pub log: Option<LogRecord>,

@@ -70,12 +70,15 @@ const HOSTNAME_BYTES: usize = 63;
 impl ContainerSpec {
     /// Ids of the images that the container's files come from.
     pub fn images(&self) -> impl Iterator<Item = &str> {
-        let Rootfs::Image(root) = &self.rootfs;
+        let root = match &self.rootfs {
+            Rootfs::Image(root) => Some(root.as_str()),
+            Rootfs::Directory(_) | Rootfs::Disk(_) => None,
+        };
         let mounted = self.mounts.iter().filter_map(|mount| match &mount.source {
             MountSource::Image(image) => Some(image.as_str()),
             _ => None,
         });
-        std::iter::once(root.as_str()).chain(mounted)
+        root.into_iter().chain(mounted)
     }
 }
 
@@ -243,6 +246,10 @@ pub struct ContainerSpec {
 pub enum Rootfs {
     /// An image of the store, by its id (`sha256:…`).
     Image(String),
+    /// A directory of the host, which takes what is written.
+    Directory(PathBuf),
+    /// A file or block device of the host that holds an ext4 file system, which takes what is written.
+    Disk(PathBuf),
 }
 
 impl Default for Rootfs {

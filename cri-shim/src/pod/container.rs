@@ -51,7 +51,10 @@ impl Owner {
         let log = self.plan_log(&spec)?;
         let spec = blocking(move || memory::replace(spec)).await?;
         let shares = self.plan_shares(&spec).await?;
-        let Rootfs::Image(image_id) = spec.rootfs.clone();
+        let image_id = match &spec.rootfs {
+            Rootfs::Image(id) => id.clone(),
+            Rootfs::Directory(_) | Rootfs::Disk(_) => String::new(),
+        };
         let life = Life::Creating;
         let created_at_ns = clock::realtime_ns();
         let spec = Arc::new(spec);

@@ -12,11 +12,12 @@ use vmm_control::{Command, Extent, SECTOR_BYTES};
 
 use super::context::{blocking, chain};
 use super::owner::Owner;
+use super::share::ROOT;
 use crate::control;
 use crate::error::{Error, IoContext, Result};
 use crate::image::{self, Verity};
 use crate::record::{Access, DiskRecord};
-use crate::spec::{ContainerSpec, DeviceSpec};
+use crate::spec::{ContainerSpec, DeviceSpec, Rootfs};
 
 /// Extents are whole pages.
 const EXTENT_SECTORS: u64 = 8;
@@ -50,10 +51,13 @@ impl Owner {
         self.map(first_sector, sectors, true, open).await
     }
 
-    /// Gives the guest those devices of a container that are the host's, unless the pod has them already; returns the first
+    /// Gives the guest a container's root file system if that is a disk, and those devices that are the host's, unless the pod has them already; returns the first
     /// sector of each by its place in the container.
     pub(super) async fn map_volumes(&mut self, spec: &ContainerSpec) -> Result<BTreeMap<String, u64>> {
         let mut places = BTreeMap::new();
+        if let Rootfs::Disk(file) = &spec.rootfs {
+            places.insert(ROOT.into(), self.map_volume(file.clone(), Access::ReadWrite).await?);
+        }
         for asked in &spec.devices {
             let (looked_at, access) = (asked.host_path.clone(), access(asked));
             let Some(path) = blocking(move || block_device(Path::new(&looked_at))).await? else { continue };
@@ -155,6 +159,10 @@ fn open(path: &Path, access: Access) -> Result<(File, u64)> {
         }
         opened => opened.doing(|| format!("opening {}", path.display()))?,
     };
+    // One that is a plain file has no such protection of the kernel's: the VMM's descriptor keeps this lock.
+    if fs::metadata(path).is_ok_and(|found| found.is_file()) && file.try_lock().is_err() {
+        return Err(Error::FailedPrecondition(format!("the disk {} is in use by another pod", path.display())));
+    }
     let bytes = file.seek(SeekFrom::End(0)).doing(|| format!("the size of {}", path.display()))?;
     if bytes < SECTOR_BYTES {
         return Err(Error::FailedPrecondition(format!("the block device {} is empty", path.display())));

@@ -10,6 +10,7 @@ use super::{ContainerState, ContainerStatus, ExecOutput};
 use crate::agent::{Session, SessionOutput};
 use crate::error::{Error, Result};
 use crate::pod_dir::PodDir;
+use crate::spec::ProcessSpec;
 
 /// Most bytes kept of each of a command's outputs; the rest is thrown away (CRI, ExecSync).
 const OUTPUT_BYTES: usize = 16 << 20;
@@ -27,6 +28,19 @@ pub(super) async fn open(
         return Err(Error::InvalidArgument("no command to run".into()));
     }
     let process = Some(message::exec_process(&container.spec, args, terminal));
+    let exec = v1::Exec { container_id: container.id.clone(), process, stdin };
+    Session::open(dir, v1::open::Kind::Exec(exec)).await
+}
+
+/// Starts a process in a container that runs, for which nothing is taken from the container's own but its filter.
+pub(super) async fn open_process(
+    dir: &PodDir,
+    container: &ContainerStatus,
+    process: &ProcessSpec,
+    stdin: bool,
+) -> Result<Session> {
+    must_run(container)?;
+    let process = Some(message::process(process));
     let exec = v1::Exec { container_id: container.id.clone(), process, stdin };
     Session::open(dir, v1::open::Kind::Exec(exec)).await
 }

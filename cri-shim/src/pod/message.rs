@@ -7,6 +7,7 @@ use agent_protocol::v1;
 use crate::error::{Error, Result};
 use crate::network::{Attachment, INTERFACE};
 use crate::pod::files;
+use crate::pod::share::ROOT;
 use crate::record::{ContainerRecord, DiskRecord, Record};
 use crate::spec::{
     ContainerSpec, Dns, IdMapping, MemoryVolume, MountSource, PidNamespace, PodSpec, ProcessSpec, Resources, Rootfs,
@@ -101,11 +102,10 @@ fn image_range(record: &Record, image: &str) -> Result<v1::DiskRange> {
 /// What the agent makes a container of. Reads the host files that the container is given copies of.
 pub(super) fn create_container(record: &Record, id: &str, container: &ContainerRecord) -> Result<v1::CreateContainer> {
     let spec = &container.spec;
-    let Rootfs::Image(image) = &spec.rootfs;
     let (pid_namespace, pid_target) = pid_namespace(&spec.pid_namespace);
     Ok(v1::CreateContainer {
         id: id.into(),
-        rootfs: Some(v1::Rootfs { layers: vec![image_range(record, image)?], read_only: spec.read_only_rootfs }),
+        rootfs: Some(rootfs(record, container)?),
         process: Some(process(&spec.process)),
         mounts: mounts(record, container)?,
         resources: Some(resources(&spec.resources)),
@@ -123,6 +123,23 @@ pub(super) fn create_container(record: &Record, id: &str, container: &ContainerR
     })
 }
 
+fn rootfs(record: &Record, container: &ContainerRecord) -> Result<v1::Rootfs> {
+    let mut rootfs = v1::Rootfs { read_only: container.spec.read_only_rootfs, ..v1::Rootfs::default() };
+    let missing = || Error::Internal("the container's root file system is not there".into());
+    match &container.spec.rootfs {
+        Rootfs::Image(image) => rootfs.layers.push(image_range(record, image)?),
+        Rootfs::Directory(_) => {
+            rootfs.shared = Some(shared(record, *container.shares.get(ROOT).ok_or_else(missing)?)?);
+        }
+        Rootfs::Disk(_) => {
+            let first_sector = container.volumes.get(ROOT).ok_or_else(missing)?;
+            let disk = record.disks.iter().find(|disk| disk.first_sector == *first_sector);
+            rootfs.disk = Some(range(disk.ok_or_else(missing)?));
+        }
+    }
+    Ok(rootfs)
+}
+
 fn pid_namespace(asked: &PidNamespace) -> (v1::PidNamespace, String) {
     match asked {
         PidNamespace::Container => (v1::PidNamespace::Container, String::new()),
@@ -132,7 +149,7 @@ fn pid_namespace(asked: &PidNamespace) -> (v1::PidNamespace, String) {
     }
 }
 
-fn process(process: &ProcessSpec) -> v1::Process {
+pub(super) fn process(process: &ProcessSpec) -> v1::Process {
     let capabilities = &process.capabilities;
     v1::Process {
         args: process.args.clone(),
@@ -214,7 +231,7 @@ fn mounts(record: &Record, container: &ContainerRecord) -> Result<Vec<v1::Mount>
         let destination = mount.destination.clone();
         let source = match &mount.source {
             MountSource::Host(path) => match container.shares.get(&destination) {
-                Some(share) => shared(record, *share)?,
+                Some(share) => v1::mount::Source::Shared(shared(record, *share)?),
                 None => files::snapshot(path)
                     .map(v1::mount::Source::Files)
                     .map_err(|error| error.context(format_args!("mount {destination}")))?,
@@ -238,10 +255,10 @@ fn memory(volume: &MemoryVolume) -> v1::PodMemory {
 }
 
 /// A volume of the pod's file server.
-fn shared(record: &Record, share: u32) -> Result<v1::mount::Source> {
+fn shared(record: &Record, share: u32) -> Result<v1::Shared> {
     let missing = || Error::Internal("the pod has no file server".into());
     let tag = record.file_server.as_ref().ok_or_else(missing)?.tag.clone();
-    Ok(v1::mount::Source::Shared(v1::Shared { tag, path: share.to_string() }))
+    Ok(v1::Shared { tag, path: share.to_string() })
 }
 
 /// Files that every container of a pod is given unless it mounts its own.

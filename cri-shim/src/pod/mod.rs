@@ -47,7 +47,7 @@ use crate::image::Store;
 use crate::network::Network;
 use crate::random;
 use crate::spawner::Spawner;
-use crate::spec::{ContainerSpec, PodSpec, Resources};
+use crate::spec::{ContainerSpec, PodSpec, ProcessSpec, Resources};
 use crate::vmm;
 pub use size::BOOT_MIB;
 pub(crate) use size::Frame;
@@ -128,6 +128,17 @@ impl Pods {
             Ok(pod) => absent_is_done(pod.run(|owner| Box::pin(owner.stop())).await),
             Err(error) => absent_is_done(Err(error)),
         }
+    }
+
+    /// Ends a pod's VM at once, without asking its guest.
+    pub async fn kill_pod(&self, id: &str) -> Result<()> {
+        self.table
+            .pod(id)?
+            .run(|owner| {
+                owner.kill();
+                Box::pin(async { Ok(()) })
+            })
+            .await
     }
 
     /// Stops a pod if need be and forgets it. Doing it again does nothing.
@@ -225,6 +236,13 @@ impl Pods {
         self.container(&container.id)
     }
 
+    /// Waits for the end of a pod's VM and returns the pod as it is then.
+    pub async fn wait_pod(&self, id: &str) -> Result<Arc<PodStatus>> {
+        let pod = self.table.pod(id)?;
+        pod.until(|status| status.vmm_pid.is_none()).await?;
+        Ok(pod.status())
+    }
+
     /// What happens from now on.
     pub fn events(&self) -> broadcast::Receiver<Event> {
         self.context.events.listen()
@@ -240,6 +258,18 @@ impl Pods {
     pub async fn exec(&self, id: &str, args: Vec<String>, terminal: bool, stdin: bool) -> Result<Session> {
         let (pod, container) = self.table.container(id)?;
         exec::open(&self.context.config.pod_dir(pod.id()), &container, args, terminal, stdin).await
+    }
+
+    /// Runs a process that is described in full in a container; dropping the session kills it.
+    pub async fn exec_process(&self, id: &str, process: &ProcessSpec, stdin: bool) -> Result<Session> {
+        let (pod, container) = self.table.container(id)?;
+        exec::open_process(&self.context.config.pod_dir(pod.id()), &container, process, stdin).await
+    }
+
+    /// Sends a container's first process, or all its processes, a signal; whether there was one to send it to.
+    pub async fn signal_container(&self, id: &str, signal: i32, all: bool) -> Result<bool> {
+        let (pod, container) = self.table.container(id)?;
+        pod.signal(&container.id, signal, all).await
     }
 
     /// Watches a container's own process; its input too, if the container was made with one.

@@ -266,6 +266,13 @@ impl Owner {
         self.save()
     }
 
+    /// Ends the VM at once, whatever its guest has not written yet.
+    pub(super) fn kill(&self) {
+        if let Some(machine) = &self.machine {
+            machine.vmm.kill();
+        }
+    }
+
     /// Ends the VM, by the guest if it does.
     async fn power_off(&mut self) -> Result<()> {
         let Some(machine) = &self.machine else { return Ok(()) };

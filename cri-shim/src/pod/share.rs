@@ -24,7 +24,7 @@ use crate::pod_dir::PodDir;
 use crate::process::{self, ProcessRecord};
 use crate::record::{ContainerRecord, FileServerRecord};
 use crate::spawner::{Kind, Program};
-use crate::spec::{ContainerSpec, MountSource, MountSpec};
+use crate::spec::{ContainerSpec, MountSource, MountSpec, Rootfs};
 use crate::volume::{self, Volume};
 
 /// Files that a kubelet makes for each pod and mounts where containers could write to them. They are copied all the
@@ -33,6 +33,9 @@ const ALWAYS_COPIED: [&str; 3] = ["/etc/hosts", "/etc/hostname", "/etc/resolv.co
 
 /// The descriptor by which a file server knows its socket.
 const SERVER_SOCKET: i32 = 3;
+
+/// Where a container's root file system is in it.
+pub(super) const ROOT: &str = "/";
 
 /// Whether a mount of the host goes through the file server.
 fn is_shared(mount: &MountSpec, source: &Path) -> Result<bool> {
@@ -50,7 +53,7 @@ fn is_shared(mount: &MountSpec, source: &Path) -> Result<bool> {
 
 /// The mounts of a container that are shared.
 fn shared_mounts(spec: &ContainerSpec) -> Result<Vec<MountSpec>> {
-    let mut shared = Vec::new();
+    let mut shared = Vec::from_iter(root_mount(spec));
     for mount in &spec.mounts {
         if let MountSource::Host(source) = &mount.source
             && is_shared(mount, source).map_err(|error| error.context(format_args!("mount {}", mount.destination)))?
@@ -59,6 +62,21 @@ fn shared_mounts(spec: &ContainerSpec) -> Result<Vec<MountSpec>> {
         }
     }
     Ok(shared)
+}
+
+/// A root file system that is a directory of the host, as the mount that it is.
+fn root_mount(spec: &ContainerSpec) -> Option<MountSpec> {
+    let Rootfs::Directory(directory) = &spec.rootfs else { return None };
+    Some(MountSpec {
+        destination: ROOT.into(),
+        source: MountSource::Host(directory.clone()),
+        image_sub_path: String::new(),
+        // The guest makes the places of other mounts in it first.
+        read_only: false,
+        recursive_read_only: false,
+        mapped: true,
+        host_to_container: false,
+    })
 }
 
 impl Owner {
@@ -80,7 +98,8 @@ impl Owner {
             return Ok(());
         }
         self.need_file_server().await?;
-        for mount in &container.spec.mounts {
+        let root = root_mount(&container.spec);
+        for mount in root.iter().chain(&container.spec.mounts) {
             let (MountSource::Host(source), Some(share)) = (&mount.source, container.shares.get(&mount.destination))
             else {
                 continue;

@@ -16,7 +16,7 @@ use crate::log::Log;
 use crate::mounts::{self, FILES, MEMORY_ROOTS, SCRATCH};
 use crate::plan::{ContainerPlan, PlanError, ProcessPlan};
 use crate::poll::Watched;
-use crate::rootfs::{self, Owners, Root, Source};
+use crate::rootfs::{self, Base, Owners, Root, Source};
 use crate::userns::UserSpace;
 
 /// Who waits for an answer: a control connection and its request.
@@ -60,15 +60,15 @@ impl Holdings {
     pub(crate) fn acquire(
         &mut self,
         plan: &mut ContainerPlan,
-        layers: &[DiskRange],
+        rootfs: &v1::Rootfs,
         disk: &mut Disk,
         users: Option<&UserSpace>,
     ) -> Result<Root, Fault> {
         let owners = users.map_or(Owners::default(), Owners::of);
+        let base = self.base(&plan.id, rootfs, disk, users)?;
         let mut image = |range: &DiskRange, held: &mut Vec<Held>| {
             disk.acquire_image(range).inspect(|_| held.push(Held::Disk(range.clone())))
         };
-        let lowers: Vec<PathBuf> = layers.iter().map(|range| image(range, &mut self.0)).collect::<Result<_, _>>()?;
         let mut list = Vec::new();
         for (number, asked) in plan.mounts.iter().enumerate() {
             let source = match &asked.source {
@@ -93,9 +93,7 @@ impl Holdings {
                     self.0.push(Held::Files(asked.destination.clone(), place.clone()));
                     Source::Path(place)
                 }
-                Some(mount::Source::Shared(shared)) => {
-                    Source::Path(mounts::below(&mounts::shared(&shared.tag)?.to_string_lossy(), &shared.path))
-                }
+                Some(mount::Source::Shared(shared)) => Source::Path(shared_path(shared)?),
                 None => {
                     let text = format!("the mount at {} has no source", asked.destination);
                     return Err(Fault::new(v1::error::Kind::Invalid, text));
@@ -110,16 +108,8 @@ impl Holdings {
             self.0.push(Held::Disk(range.clone()));
             plan.devices.give(&device, &path).map_err(PlanError::from)?;
         }
-        let writable = self.directory(if disk.has_scratch() { SCRATCH } else { MEMORY_ROOTS }, &plan.id)?;
-        for name in ["upper", "work"] {
-            fs::create_dir(writable.join(name))?;
-        }
-        if let Some(top) = lowers.first() {
-            copy_attributes(top, &writable.join("upper"), users)?;
-        }
         Ok(Root {
-            lowers,
-            writable,
+            base,
             read_only: plan.read_only,
             mounts: list,
             nodes: std::mem::take(&mut plan.devices.nodes),
@@ -129,6 +119,37 @@ impl Holdings {
             privileged: plan.privileged,
             owners,
         })
+    }
+
+    /// Acquires what is below all mounts.
+    fn base(
+        &mut self,
+        id: &str,
+        rootfs: &v1::Rootfs,
+        disk: &mut Disk,
+        users: Option<&UserSpace>,
+    ) -> Result<Base, Fault> {
+        if let Some(shared) = &rootfs.shared {
+            return Ok(Base::Directory(shared_path(shared)?));
+        }
+        if let Some(range) = &rootfs.disk {
+            let path = disk.acquire_root(range)?;
+            self.0.push(Held::Disk(range.clone()));
+            return Ok(Base::Directory(path));
+        }
+        let mut lowers = Vec::new();
+        for range in &rootfs.layers {
+            lowers.push(disk.acquire_image(range)?);
+            self.0.push(Held::Disk(range.clone()));
+        }
+        let writable = self.directory(if disk.has_scratch() { SCRATCH } else { MEMORY_ROOTS }, id)?;
+        for name in ["upper", "work"] {
+            fs::create_dir(writable.join(name))?;
+        }
+        if let Some(top) = lowers.first() {
+            copy_attributes(top, &writable.join("upper"), users)?;
+        }
+        Ok(Base::Overlay { lowers, writable })
     }
 
     /// Where what the container writes to its root is.
@@ -161,6 +182,11 @@ impl Holdings {
     fn holds(&self, wanted: &Path) -> bool {
         self.0.iter().any(|held| matches!(held, Held::Directory(path) if path == wanted))
     }
+}
+
+/// Where a directory of the host is.
+fn shared_path(shared: &v1::Shared) -> Result<PathBuf, Fault> {
+    Ok(mounts::below(&mounts::shared(&shared.tag)?.to_string_lossy(), &shared.path))
 }
 
 /// An overlay's root looks like its upper directory; it is to look like the image's.

@@ -20,6 +20,9 @@ use crate::verity::Checked;
 /// The file system of images.
 const EROFS: &str = "erofs";
 
+/// The file system of what is written to.
+const EXT4: &str = "ext4";
+
 /// Bytes of a sector, as the protocol counts them.
 const SECTOR: u64 = 512;
 
@@ -104,7 +107,7 @@ impl Disk {
     pub(crate) fn mount_scratch(&mut self, range: &DiskRange) -> Result<(), DiskError> {
         let partition = self.add(range)?;
         let device = self.device(partition);
-        if let Err(error) = mount_device(device, Path::new(SCRATCH), "ext4", MsFlags::MS_NOATIME) {
+        if let Err(error) = mount_device(device, Path::new(SCRATCH), EXT4, MsFlags::MS_NOATIME) {
             self.delete(partition);
             return Err(error);
         }
@@ -148,6 +151,24 @@ impl Disk {
         Ok(checked)
     }
 
+    /// Where the file system in `range`, which takes writes, is mounted; each call wants one [`Self::release`].
+    pub(crate) fn acquire_root(&mut self, range: &DiskRange) -> Result<PathBuf, DiskError> {
+        if let Some(path) = self.use_again(range).and_then(|root| root.mounted.clone()) {
+            return Ok(path);
+        }
+        let partition = self.add(range)?;
+        let (device, path) = (self.device(partition), Path::new(IMAGES).join(partition.to_string()));
+        let failed = |source| DiskError::Mount { device: device.clone(), kind: EXT4, source };
+        let mounted = fs::create_dir_all(&path)
+            .and_then(|()| Ok(mount(Some(&device), &path, Some(EXT4), MsFlags::MS_NODEV, None::<&str>)?));
+        if let Err(error) = mounted {
+            self.delete(partition);
+            return Err(failed(error));
+        }
+        self.parts.insert(key(range), Part { partition, mounted: Some(path.clone()), checked: None, users: 1 });
+        Ok(path)
+    }
+
     /// The block device of the volume in `range`; each call wants one [`Self::release`].
     pub(crate) fn acquire_volume(&mut self, range: &DiskRange) -> Result<PathBuf, DiskError> {
         let partition = match self.use_again(range) {
@@ -167,7 +188,7 @@ impl Disk {
         Some(part)
     }
 
-    /// Gives back what [`Self::acquire_image`] or [`Self::acquire_volume`] gave.
+    /// Gives back what [`Self::acquire_image`], [`Self::acquire_root`] or [`Self::acquire_volume`] gave.
     pub(crate) fn release(&mut self, range: &DiskRange) {
         let Some(part) = self.parts.get_mut(&key(range)) else { return };
         part.users = part.users.saturating_sub(1);

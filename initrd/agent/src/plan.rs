@@ -78,7 +78,7 @@ impl ContainerPlan {
             return Err(PlanError::Id(request.id.clone()));
         }
         let rootfs = request.rootfs.as_ref().ok_or(PlanError::Missing("the root file system"))?;
-        if rootfs.layers.is_empty() {
+        if rootfs.layers.is_empty() && rootfs.shared.is_none() && rootfs.disk.is_none() {
             return Err(PlanError::Missing("the root file system's image"));
         }
         let process = request.process.as_ref().ok_or(PlanError::Missing("the process"))?;
@@ -210,7 +210,11 @@ mod tests {
     fn request() -> v1::CreateContainer {
         v1::CreateContainer {
             id: "c-1".into(),
-            rootfs: Some(v1::Rootfs { layers: vec![v1::DiskRange::default()], read_only: true }),
+            rootfs: Some(v1::Rootfs {
+                layers: vec![v1::DiskRange::default()],
+                read_only: true,
+                ..v1::Rootfs::default()
+            }),
             process: Some(v1::Process { args: vec!["/bin/true".into()], ..v1::Process::default() }),
             ..v1::CreateContainer::default()
         }

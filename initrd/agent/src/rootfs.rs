@@ -110,13 +110,24 @@ impl Owners {
     }
 }
 
+/// What is below all mounts.
+#[derive(Debug)]
+pub(crate) enum Base {
+    /// Images, and a layer on them that takes what is written.
+    Overlay {
+        /// Top to bottom.
+        lowers: Vec<PathBuf>,
+        /// Holds `upper` and `work`.
+        writable: PathBuf,
+    },
+    /// A directory that takes what is written.
+    Directory(PathBuf),
+}
+
 /// Everything a container's mount namespace will hold.
 #[derive(Debug)]
 pub(crate) struct Root {
-    /// Top to bottom.
-    pub(crate) lowers: Vec<PathBuf>,
-    /// Holds `upper` and `work`.
-    pub(crate) writable: PathBuf,
+    pub(crate) base: Base,
     pub(crate) read_only: bool,
     pub(crate) mounts: Vec<Mount>,
     pub(crate) nodes: Vec<Node>,
@@ -145,7 +156,7 @@ impl Root {
     /// Makes the calling process's mount namespace the container's. `users` is the user namespace it will join.
     pub(crate) fn enter(&self, users: Option<BorrowedFd<'_>>) -> Result<(), RootError> {
         umask(Mode::empty());
-        self.mount_overlay(users)?;
+        self.base.mount(users)?;
         let picked = self.pick_up(users)?;
         let shm = clone_mount(Path::new(SHM)).map_err(place("take", SHM))?;
         pivot()?;
@@ -164,32 +175,6 @@ impl Root {
         }
         umask(Mode::from_bits_truncate(0o022));
         Ok(())
-    }
-
-    fn mount_overlay(&self, users: Option<BorrowedFd<'_>>) -> Result<(), RootError> {
-        let lowers = match users {
-            Some(users) => self.map_lowers(users).map_err(place("show owners mapped", "/"))?,
-            None => self.lowers.clone(),
-        };
-        let lowers: Vec<_> = lowers.iter().map(|lower| lower.to_string_lossy()).collect();
-        let writable = self.writable.display();
-        let options = format!("lowerdir={},upperdir={writable}/upper,workdir={writable}/work", lowers.join(":"));
-        mount(Some("overlay"), STAGE, Some("overlay"), MsFlags::empty(), Some(options.as_str()))
-            .map_err(step("mount the container's root"))
-    }
-
-    /// The image's layers once more, in this mount namespace, their owners those of a user namespace. What is copied up
-    /// from there has its owner in the guest's numbers; so has all that the container writes.
-    fn map_lowers(&self, users: BorrowedFd<'_>) -> io::Result<Vec<PathBuf>> {
-        let map = |(number, lower): (usize, &PathBuf)| {
-            let place = self.writable.join(format!("lower-{number}"));
-            fs::create_dir(&place)?;
-            let mount = clone_mount(lower)?;
-            sys::map_owners(mount.as_fd(), users)?;
-            sys::attach_mount(mount.as_fd(), &CString::new(place.as_os_str().as_bytes())?)?;
-            Ok(place)
-        };
-        self.lowers.iter().enumerate().map(map).collect()
     }
 
     /// Mounts from the agent's tree, while that can still be seen.
@@ -260,6 +245,51 @@ impl Root {
         }
         Ok(())
     }
+}
+
+impl Base {
+    /// Puts it on the stage.
+    fn mount(&self, users: Option<BorrowedFd<'_>>) -> Result<(), RootError> {
+        match self {
+            Self::Overlay { lowers, writable } => mount_overlay(lowers, writable, users),
+            Self::Directory(path) => bind(path, users).map_err(place("mount", "/")),
+        }
+    }
+}
+
+/// A directory as the container's root, its owners those of a user namespace.
+fn bind(path: &Path, users: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    let taken = clone_mount(path)?;
+    if let Some(users) = users {
+        sys::map_owners(taken.as_fd(), users)?;
+    }
+    sys::attach_mount(taken.as_fd(), &CString::new(STAGE)?)
+}
+
+fn mount_overlay(lowers: &[PathBuf], writable: &Path, users: Option<BorrowedFd<'_>>) -> Result<(), RootError> {
+    let lowers = match users {
+        Some(users) => map_lowers(lowers, writable, users).map_err(place("show owners mapped", "/"))?,
+        None => lowers.to_vec(),
+    };
+    let lowers: Vec<_> = lowers.iter().map(|lower| lower.to_string_lossy()).collect();
+    let writable = writable.display();
+    let options = format!("lowerdir={},upperdir={writable}/upper,workdir={writable}/work", lowers.join(":"));
+    mount(Some("overlay"), STAGE, Some("overlay"), MsFlags::empty(), Some(options.as_str()))
+        .map_err(step("mount the container's root"))
+}
+
+/// The image's layers once more, in this mount namespace, their owners those of a user namespace. What is copied up
+/// from there has its owner in the guest's numbers; so has all that the container writes.
+fn map_lowers(lowers: &[PathBuf], writable: &Path, users: BorrowedFd<'_>) -> io::Result<Vec<PathBuf>> {
+    let map = |(number, lower): (usize, &PathBuf)| {
+        let place = writable.join(format!("lower-{number}"));
+        fs::create_dir(&place)?;
+        let mount = clone_mount(lower)?;
+        sys::map_owners(mount.as_fd(), users)?;
+        sys::attach_mount(mount.as_fd(), &CString::new(place.as_os_str().as_bytes())?)?;
+        Ok(place)
+    };
+    lowers.iter().enumerate().map(map).collect()
 }
 
 impl Mount {

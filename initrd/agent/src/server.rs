@@ -149,11 +149,11 @@ impl Agent {
             return Err(Fault::new(Kind::AlreadyExists, format!("there is a container {} already", call.id)));
         }
         let mut plan = ContainerPlan::new(call)?;
-        let layers = call.rootfs.as_ref().map(|rootfs| rootfs.layers.as_slice()).unwrap_or_default();
+        let rootfs = call.rootfs.clone().unwrap_or_default();
         let cgroup = Cgroup::for_container(&plan.id)?;
         let mut holdings = Holdings::default();
         let made = holdings
-            .acquire(&mut plan, layers, &mut self.disk, self.users.as_ref())
+            .acquire(&mut plan, &rootfs, &mut self.disk, self.users.as_ref())
             .and_then(|root| self.launch(asker, call, plan, &root, &cgroup));
         match made {
             Ok(build) => {
