@@ -11,7 +11,7 @@ STATIC_BIN := target/$(TARGET)/release
 ROOT := target/root
 LAB := tests/lab/lab
 
-.PHONY: demo test test-all test-host test-lab lab-conformance lab-a lab-b fuzz-smoke conformance bench build install lint setup programs static-programs kernel initrd clean
+.PHONY: demo test test-all test-host test-lab test-containerd lab-containerd-debian lab-containerd-new lab-conformance lab-a lab-b fuzz-smoke conformance bench build install lint setup programs static-programs kernel initrd clean
 
 ## What is built
 
@@ -34,7 +34,7 @@ initrd: static-programs
 	initrd/build $(STATIC_BIN)/pericarp-init target/initrd
 
 install: build
-	install -Dt $(DESTDIR)$(PREFIX)/bin $(HOST_BIN)/pericarpd $(HOST_BIN)/pericarp
+	install -Dt $(DESTDIR)$(PREFIX)/bin $(HOST_BIN)/pericarpd $(HOST_BIN)/pericarp $(HOST_BIN)/containerd-shim-pericarp-v2
 	install -Dt $(DESTDIR)$(PREFIX)/lib/pericarp $(STATIC_BIN)/pericarp-vmm $(STATIC_BIN)/pericarp-fs
 	kernel=$$(guest-kernel/build --print-dir); install -Dm644 -t $(DESTDIR)$(PREFIX)/lib/pericarp $$kernel/vmlinux $$kernel/version target/initrd
 	install -Dm644 -t $(DESTDIR)/etc/pericarp deploy/pericarp.toml
@@ -103,6 +103,16 @@ lab-b:
 	$(call in_lab,pericarp-tests,$(LAB_TESTS_B))
 	$(call in_lab,pericarp-init,containers sessions)
 	$(IN_GUEST) $(call in_lab,pericarp-init,containers sessions)
+
+# containerd with our shim, Debian's release and a newer one, side by side.
+test-containerd: $(ROOT)
+	tests/lab/images >/dev/null
+	tests/lab/go-tools crictl containerd ctr >/dev/null
+	cargo test --locked -p pericarp-tests --test containerd --no-run
+	$(MAKE) --no-print-directory --keep-going --jobs 2 lab-containerd-debian lab-containerd-new
+
+lab-containerd-debian lab-containerd-new:
+	$(call in_lab,pericarp-tests,containerd) $(@:lab-containerd-%=%)::
 
 # Each fuzz target for a minute; FUZZ_SECONDS=3600 for longer.
 FUZZ_TARGETS := balloon blk fs mem net protocol registers ring vsock

@@ -16,7 +16,7 @@ use seccompiler::{
 
 use crate::error::{Error, Result};
 
-pub use profile::local_filter;
+pub use profile::{json_filter, local_filter};
 
 /// Not in the libc crate yet.
 const SYS_IO_PGETEVENTS: c_long = 333;

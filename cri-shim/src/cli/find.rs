@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 
 use crate::config::Config;
+use crate::own_core;
 use crate::pod::CoreConfig;
 use crate::pod_dir::PodDir;
 use crate::record::{ContainerRecord, Record};
@@ -21,16 +22,12 @@ pub(super) struct Found {
     pub(super) state_dir: PathBuf,
 }
 
-/// State directories of `pericarp run`, one per process.
-pub(super) fn runs_dir(config: &Config) -> PathBuf {
-    config.core.state_dir.join("run")
-}
-
 /// Every pod on this host.
 pub(super) fn pods(config: &Config) -> Vec<Found> {
-    let runs = fs::read_dir(runs_dir(config)).into_iter().flatten().flatten().map(|entry| entry.path());
+    let own = [own_core::RUN, own_core::CONTAINERD].map(|kind| own_core::directory(config, kind));
+    let own = own.iter().flat_map(fs::read_dir).flatten().flatten().map(|entry| entry.path());
     let mut found: Vec<Found> = std::iter::once(config.core.state_dir.clone())
-        .chain(runs)
+        .chain(own)
         .flat_map(|state_dir| below(config, &state_dir))
         .collect();
     found.sort_by_key(|pod| pod.record.created_at_ns);

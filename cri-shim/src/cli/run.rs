@@ -3,10 +3,6 @@
 //! The core lives in this process, in a state directory of its own, which a lock marks as in use. If this process is
 //! killed, the next run sweeps what it left.
 
-use std::ffi::OsStr;
-use std::fs::{self, File, TryLockError};
-use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -15,16 +11,14 @@ use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::sync::watch;
 
-use super::find;
 use super::output::Format;
 use super::terminal::{self, Given, Output, SIGNALLED, Signals};
-use crate::clock;
 use crate::config::Config;
 use crate::defaults::{self, Changes};
 use crate::image::{Image, PullProgress, Store};
 use crate::network::{Network, NetworkConfig};
-use crate::pod::{CoreConfig, PodState, Pods};
-use crate::scratch;
+use crate::own_core::{self, OwnCore};
+use crate::pod::{PodState, Pods};
 use crate::spawner::Spawner;
 use crate::spec::{ContainerSpec, NetworkSource, PidNamespace, PodIdentity, PodSpec, ProcessSpec, Resources, Rootfs};
 
@@ -39,9 +33,6 @@ const NOTICE_LIMIT: Duration = Duration::from_secs(2);
 
 /// Between two looks at something that may have happened.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
-
-/// Begins the name of a run's directory that is not locked yet.
-const NEW: &str = ".new-";
 
 /// Run an image in a pod of its own, in the foreground
 #[derive(Args, Debug)]
@@ -104,7 +95,7 @@ impl Run {
             image = self.image(&images) => image?,
             signal = signals.next() => return Ok(SIGNALLED + signal),
         };
-        let core = OwnCore::claim(config)?;
+        let core = OwnCore::claim_any(config, own_core::RUN)?;
         let network = NetworkConfig { state_dir: core.config.state_dir.clone(), ..config.network() };
         let pods = Pods::open(core.config.clone(), spawner, images, Network::new(network)).await?;
         // What a run that was killed here left: its record said so, and nobody needs it now.
@@ -257,82 +248,6 @@ async fn why_ended(pods: &Pods, pod: &str) -> Option<anyhow::Error> {
         }
         tokio::time::sleep(LOOK_AGAIN).await;
     }
-}
-
-/// A core's configuration, and the lock that keeps others off its directory while this lives.
-struct OwnCore {
-    config: CoreConfig,
-    _lock: File,
-}
-
-impl OwnCore {
-    /// Takes over the directory of a run that was killed, or makes one.
-    fn claim(config: &Config) -> Result<Self> {
-        let runs = find::runs_dir(config);
-        fs::create_dir_all(&runs).with_context(|| format!("making {} (run as root)", runs.display()))?;
-        let left = fs::read_dir(&runs)?.flatten().map(|entry| entry.path()).filter(|path| !is_new(path));
-        for directory in left {
-            if let Some(lock) = lock(&directory)? {
-                return Self::at(config, &directory, lock);
-            }
-        }
-        // No other process has this name, and one of an earlier process that had this number was not free.
-        let fresh = runs.join(format!("{NEW}{}", std::process::id()));
-        fs::create_dir_all(&fresh)?;
-        let lock = lock(&fresh)?.context("a directory of this process alone is locked")?;
-        let number = clock::realtime_ns();
-        let directory = runs.join(format!("{}-{number}", std::process::id()));
-        // Others see it from here on, and find it locked.
-        fs::rename(&fresh, &directory)?;
-        Self::at(config, &directory, lock)
-    }
-
-    fn at(config: &Config, directory: &Path, lock: File) -> Result<Self> {
-        let shared = &config.core;
-        let name = Path::new(directory.file_name().unwrap_or_default());
-        let scratch_dir = shared.scratch_dir.join("run").join(name);
-        fs::create_dir_all(&scratch_dir)?;
-        // Made once for all, since that takes longer than all the rest.
-        let template = scratch::template(&shared.scratch_dir, shared.scratch_bytes)?;
-        let linked = fs::hard_link(&template, scratch_dir.join(template.file_name().unwrap_or_default()));
-        linked.or_else(|error| if error.kind() == io::ErrorKind::AlreadyExists { Ok(()) } else { Err(error) })?;
-        let config = CoreConfig {
-            state_dir: directory.to_owned(),
-            scratch_dir,
-            // Each sweeps what is in its own, the daemon and every run.
-            cgroup_parent: format!("{}/run/{}", shared.cgroup_parent.trim_end_matches('/'), name.display()),
-            ..shared.clone()
-        };
-        Ok(Self { config, _lock: lock })
-    }
-
-    /// Removes the directories, of which nothing is needed any more.
-    fn release(self) {
-        // Best effort: the next run takes over what cannot be removed now.
-        let _ = fs::remove_dir(self.config.cgroup_root.join(self.config.cgroup_parent.trim_start_matches('/')));
-        let _ = fs::remove_dir_all(&self.config.scratch_dir);
-        let _ = fs::remove_dir_all(&self.config.state_dir);
-    }
-}
-
-fn is_new(path: &Path) -> bool {
-    path.file_name().and_then(OsStr::to_str).is_none_or(|name| name.starts_with(NEW))
-}
-
-/// Locks a run's directory; `None` if another run has it, or has just removed it.
-fn lock(directory: &Path) -> Result<Option<File>> {
-    let path = directory.join("lock");
-    let lock = match File::create(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        lock => lock.with_context(|| format!("opening {}", path.display()))?,
-    };
-    match lock.try_lock() {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => return Ok(None),
-        Err(TryLockError::Error(error)) => return Err(error).with_context(|| format!("locking {}", path.display())),
-    }
-    let same = fs::metadata(&path).ok().map(|data| data.ino()) == Some(lock.metadata()?.ino());
-    Ok(same.then_some(lock))
 }
 
 /// A bar on standard error until the pull ends.

@@ -79,7 +79,7 @@ impl Netns {
     }
 
     /// Runs `work` on a thread of its own inside the namespace.
-    pub(super) fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T, NetworkError> {
+    pub(crate) fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T, NetworkError> {
         in_thread(|| {
             setns(File::open(&self.path)?, CloneFlags::CLONE_NEWNET)?;
             Ok(work())

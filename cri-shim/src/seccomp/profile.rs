@@ -135,6 +135,14 @@ pub fn local_filter(path: &Path) -> Result<Vec<u8>> {
     Ok(super::bytes(&program))
 }
 
+/// The filter of a profile as JSON (OCI runtime specification, config-linux, seccomp), as bytes.
+pub fn json_filter(profile: &serde_json::Value) -> Result<Vec<u8>> {
+    let profile = Profile::deserialize(profile);
+    let program = profile.map_err(|error| error.to_string()).and_then(|profile| compile(&profile));
+    let program = program.map_err(|why| Error::InvalidArgument(format!("the container's seccomp profile: {why}")))?;
+    Ok(super::bytes(&program))
+}
+
 fn step(code: u16, k: u32) -> sock_filter {
     sock_filter { code, jt: 0, jf: 0, k }
 }
