@@ -51,7 +51,10 @@ fn processes() -> Vec<String> {
         let Ok(command) = fs::read_to_string(entry.path().join("cmdline")) else { continue };
         let program = command.split('\0').next().unwrap_or_default();
         let name = program.rsplit('/').next().unwrap_or_default();
-        if name.starts_with("pericarp-") || program.starts_with("/usr/lib/cni") {
+        if name.starts_with("pericarp-")
+            || name.starts_with("containerd-shim-pericarp")
+            || program.starts_with("/usr/lib/cni")
+        {
             found.push(format!("process {} {}", entry.file_name().to_string_lossy(), command.replace('\0', " ")));
         }
     }

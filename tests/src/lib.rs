@@ -3,6 +3,7 @@
 //! Each file under `tests/` is run inside the lab by `make test`; outside of it a test fails and says so.
 
 mod client;
+mod containerd;
 mod front;
 mod inventory;
 mod late;
@@ -10,6 +11,7 @@ mod node;
 mod terminal;
 
 pub use client::Client;
+pub use containerd::{Containerd, RUNTIME, Release};
 pub use front::{Fault, Front};
 pub use inventory::Inventory;
 pub use late::status_of;

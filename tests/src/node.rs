@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use crate::Inventory;
 
 /// The installed tree, from this crate.
-const ROOT: &str = "../target/root";
+pub(crate) const ROOT: &str = "../target/root";
 
 /// Longest wait for anything that is bound to happen, in the lab.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -401,7 +401,7 @@ impl Drop for Node {
 }
 
 /// Runs a program to its end.
-fn run(command: &mut Command) -> Call {
+pub(crate) fn run(command: &mut Command) -> Call {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     let line = words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ");
     let output = command.stdin(Stdio::null()).output().unwrap_or_else(|error| panic!("`{line}`: {error}"));
