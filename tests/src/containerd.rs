@@ -56,10 +56,8 @@ impl Containerd {
         let mut node = Self { release, directory, root, tools, daemon: None };
         node.configure();
         node.start_daemon();
-        for name in [image::BUSYBOX, image::SMALL] {
-            if !node.ctr(["images", "ls", "-q"]).ok().lines().any(|line| line == name) {
-                node.ctr(["images", "pull", "--hosts-dir", &node.certificates(), name]).ok();
-            }
+        if !node.ctr(["images", "ls", "-q"]).ok().lines().any(|line| line == image::BUSYBOX) {
+            node.ctr(["images", "pull", "--hosts-dir", &node.certificates(), image::BUSYBOX]).ok();
         }
         // Of the CRI's pods, which have a namespace of their own in containerd.
         node.crictl(["pull", image::BUSYBOX]).ok();
