@@ -354,7 +354,7 @@ impl Session {
 pub(crate) fn container(id: &str, script: &str) -> v1::CreateContainer {
     v1::CreateContainer {
         id: id.into(),
-        rootfs: Some(v1::Rootfs { layers: vec![image()], read_only: false }),
+        rootfs: Some(v1::Rootfs { layers: vec![image()], read_only: false, ..Default::default() }),
         process: Some(v1::Process { capabilities: Some(default_capabilities()), ..sh(script) }),
         masked_paths: ["/proc/kcore", "/proc/acpi", "/sys/firmware"].map(str::to_owned).into(),
         readonly_paths: ["/proc/sys", "/proc/sysrq-trigger"].map(str::to_owned).into(),
