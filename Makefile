@@ -25,7 +25,7 @@ programs:
 
 # What starts once per pod is static: no dynamic loader on the path of a pod's start, no library to find in a jail.
 static-programs:
-	RUSTFLAGS='-C target-feature=+crt-static' CARGO_PROFILE_RELEASE_LTO=thin cargo build --release --locked --target $(TARGET) -p pericarp-vmm -p pericarp-fs -p pericarp-init
+	RUSTFLAGS='-C target-feature=+crt-static' CARGO_PROFILE_RELEASE_LTO=thin cargo build --release --locked --target $(TARGET) -p pericarp-vmm -p pericarp-fs -p pericarp-init -p pericarp-load
 
 kernel:
 	guest-kernel/build

@@ -7,6 +7,7 @@
 mod boot;
 mod cri;
 mod exits;
+mod io;
 mod kvm;
 mod minimal;
 mod phases;
@@ -48,7 +49,7 @@ struct Place {
     /// An installed tree.
     #[arg(long)]
     root: PathBuf,
-    /// Directory of the plain kernel and initrd on which VMMs are compared.
+    /// Directory of the plain kernel and initrd on which VMMs are compared, and of the load for their devices.
     #[arg(long)]
     plain: PathBuf,
     /// Directory of the CNI plugins.
@@ -79,6 +80,8 @@ enum Part {
     Cri,
     /// Pods a second.
     Rate,
+    /// Operations of disk, network and vsock.
+    Io,
 }
 
 impl Place {
@@ -99,13 +102,15 @@ fn main() -> Result<()> {
     let spawners = (Spawner::fork()?, Spawner::fork()?, [Spawner::fork()?, Spawner::fork()?]);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let mut report = Report::default();
-    let all = [Part::Plain, Part::Boot, Part::Large, Part::Exits, Part::Cri, Part::Rate];
+    let all = [Part::Plain, Part::Boot, Part::Large, Part::Exits, Part::Cri, Part::Rate, Part::Io];
     let parts = if parts.is_empty() { all.to_vec() } else { parts };
-    runtime.block_on(measure(&place, &parts, spawners, &mut report))?;
+    let tables = runtime.block_on(measure(&place, &parts, spawners, &mut report))?;
     report.print();
+    print!("{tables}");
     let timeline = timeline::text(&report);
     print!("{timeline}");
     fs::create_dir_all(&out)?;
+    fs::write(out.join("io.md"), tables)?;
     fs::write(out.join("timeline.txt"), timeline)?;
     timeline::draw(&report, &out.join("timeline.svg"))?;
     if let Some(baseline) = baseline {
@@ -125,12 +130,14 @@ fn compare(now: &Report, before: &Report, out: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Measures the parts; returns what is shown in tables of its own.
 async fn measure(
     place: &Place,
     parts: &[Part],
     spawners: (Spawner, Spawner, [Spawner; 2]),
     report: &mut Report,
-) -> Result<()> {
+) -> Result<String> {
+    let mut tables = String::new();
     let (minimal, pods, large) = spawners;
     let minimal = Minimal::new(place, minimal)?;
     let mut large = Some(large);
@@ -150,7 +157,8 @@ async fn measure(
             Part::Exits => exits::measure(place, &minimal, &pods, report).await?,
             Part::Cri => cri::measure(place, report).await?,
             Part::Rate => cri::measure_rate(place, report).await?,
+            Part::Io => tables += &io::measure(place, report).await?,
         }
     }
-    Ok(())
+    Ok(tables)
 }

@@ -1,0 +1,215 @@
+//! Where the load runs: in a guest of ours, in one of QEMU's, or on the host.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::unistd::pipe;
+use vmm_control::{CONFIG_VERSION, Config, Console, Disk, Extent, Net, SECTOR_BYTES, Vsock};
+
+use super::jobs::Job;
+use super::peer::{Peer, Way};
+use super::{DISK_BYTES, Kind, tap};
+use crate::{Place, kvm};
+
+/// Guest memory in MiB.
+const MEMORY_MIB: u32 = 256;
+
+/// For every guest.
+const COMMAND_LINE: &str = "quiet panic=-1 reboot=t";
+
+/// What Debian's QEMU can leave out of its microvm machine; its devices are on PCI, which has MSI-X and so costs it the least.
+const MICROVM: &str = "microvm,x-option-roms=off,pit=off,pic=off,rtc=off,isa-serial=on,auto-kernel-cmdline=off,pcie=on";
+
+/// The number by which the host's kernel knows QEMU's guest.
+const QEMU_CID: u32 = 42;
+
+/// A guest's tap and addresses.
+struct Wire {
+    tap: &'static str,
+    host: &'static str,
+    guest: &'static str,
+}
+
+const OURS: Wire = Wire { tap: "io-pericarp", host: "10.213.1.1", guest: "10.213.1.2" };
+const QEMUS: Wire = Wire { tap: "io-qemu", host: "10.213.2.1", guest: "10.213.2.2" };
+
+/// A load that waits for jobs.
+pub(super) struct Machine {
+    pub(super) kind: Kind,
+    child: Child,
+    input: Box<dyn Write>,
+    output: BufReader<ChildStdout>,
+    way: Way,
+}
+
+impl Machine {
+    /// Starts it; returns when the load is there.
+    pub(super) fn start(place: &Place, kind: Kind, directory: &Path, disk: &Path) -> Result<Self> {
+        let way = match kind {
+            Kind::Pericarp => Way::Unix(directory.join("vsock")),
+            Kind::Qemu => Way::Cid(QEMU_CID),
+            Kind::Host => Way::None,
+        };
+        let (mut child, input) = match kind {
+            Kind::Pericarp => pericarp(place, directory, disk)?,
+            Kind::Qemu => piped(&mut qemu(place, disk)?)?,
+            Kind::Host => {
+                let mut command = Command::new(place.plain.join("pericarp-load"));
+                command.env("LOAD_DISK", disk).env("LOAD_PEER", "127.0.0.1");
+                piped(&mut command)?
+            }
+        };
+        let output = BufReader::new(child.stdout.take().context("its output is a pipe")?);
+        let mut machine = Self { kind, child, input, output, way };
+        machine.expect("hello")?;
+        Ok(machine)
+    }
+
+    /// How a peer reaches its vsock.
+    pub(super) fn way(&self) -> Way {
+        self.way.clone()
+    }
+
+    /// Tells the load what it is to do.
+    pub(super) fn prepare(&mut self, job: &Job, peer: &Peer) -> Result<()> {
+        self.say(&job.line(peer.port()?))
+    }
+
+    /// Says a line to the load.
+    pub(super) fn say(&mut self, line: &str) -> Result<()> {
+        self.input.write_all(format!("{line}\n").as_bytes())?;
+        Ok(self.input.flush()?)
+    }
+
+    /// Waits for a word of the load's; what a kernel says is passed over.
+    pub(super) fn expect(&mut self, word: &str) -> Result<()> {
+        let mut heard = String::new();
+        loop {
+            let mut line = String::new();
+            if self.output.read_line(&mut line)? == 0 {
+                bail!("{:?} ended without `{word}`, after: {heard}", self.kind);
+            }
+            if line.trim() == word {
+                return Ok(());
+            }
+            heard.push_str(&line);
+        }
+    }
+
+    /// Exits so far.
+    pub(super) fn exits(&self) -> Result<f64> {
+        if self.kind == Kind::Host { Ok(0.0) } else { kvm::counter(self.child.id(), "exits") }
+    }
+
+    /// Ends it.
+    pub(super) fn end(mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        match self.kind {
+            Kind::Pericarp => tap::remove(OURS.tap),
+            Kind::Qemu => tap::remove(QEMUS.tap),
+            Kind::Host => Ok(()),
+        }
+    }
+}
+
+type Started = (Child, Box<dyn Write>);
+
+fn piped(command: &mut Command) -> Result<Started> {
+    let program = command.get_program().to_owned();
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("starting {}", program.display()))?;
+    let input: ChildStdin = child.stdin.take().context("its input is a pipe")?;
+    Ok((child, Box::new(input)))
+}
+
+fn command_line(wire: &Wire) -> String {
+    format!("{COMMAND_LINE} LOAD_DISK=/dev/vda LOAD_ADDRESS={} LOAD_PEER={}", wire.guest, wire.host)
+}
+
+fn kernel(place: &Place) -> PathBuf {
+    place.plain.join("vmlinux")
+}
+
+fn initrd(place: &Place) -> PathBuf {
+    place.plain.join("load.cpio")
+}
+
+/// Each device as QEMU has it without another process or kernel part: packets by way of its own loop, no vhost. The vsock it
+/// only has as a part of the kernel.
+fn qemu(place: &Place, disk: &Path) -> Result<Command> {
+    tap::create(QEMUS.tap, &format!("{}/24", QEMUS.host))?;
+    let mut command = Command::new("qemu-system-x86_64");
+    command.args(["-M", MICROVM, "-bios", "qboot.rom", "-accel", "kvm", "-cpu", "host", "-smp", "1"]);
+    command.args(["-m", &MEMORY_MIB.to_string()]);
+    command.args(["-nodefaults", "-no-user-config", "-nographic", "-serial", "stdio", "-no-reboot"]);
+    command.arg("-kernel").arg(kernel(place)).arg("-initrd").arg(initrd(place));
+    command.args(["-append", &format!("console=ttyS0 {}", command_line(&QEMUS))]);
+    command.args(["-drive", &format!("if=none,id=disk,format=raw,file={}", disk.display())]);
+    command.args(["-device", "virtio-blk-pci,drive=disk"]);
+    command.args(["-netdev", &format!("tap,id=net,ifname={},script=no,downscript=no,vhost=off", QEMUS.tap)]);
+    command.args(["-device", "virtio-net-pci,netdev=net,romfile="]);
+    command.args(["-device", &format!("vhost-vsock-pci,guest-cid={QEMU_CID}")]);
+    Ok(command)
+}
+
+/// Our VMM behind its filter of system calls, with the devices of a pod.
+fn pericarp(place: &Place, directory: &Path, disk: &Path) -> Result<Started> {
+    tap::create(OURS.tap, &format!("{}/24", OURS.host))?;
+    let mut given = Given::default();
+    let (typed, input) = pipe()?;
+    fcntl(&input, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+    let read_write = |path: &Path| OpenOptions::new().read(true).write(true).open(path);
+    let extent = Extent {
+        first_sector: 0,
+        sectors: DISK_BYTES / SECTOR_BYTES,
+        read_only: false,
+        file: given.give(read_write(disk)?)?,
+    };
+    let config = Config {
+        version: CONFIG_VERSION,
+        kvm: given.give(read_write(Path::new("/dev/kvm"))?)?,
+        kernel: given.give(File::open(kernel(place))?)?,
+        initrd: Some(given.give(File::open(initrd(place))?)?),
+        cmdline: command_line(&OURS),
+        vcpus: 1,
+        memory_mib: MEMORY_MIB,
+        room_mib: 0,
+        console: Console::Serial { input: Some(given.give(typed)?) },
+        disks: vec![Disk { capacity_bytes: DISK_BYTES, extents: vec![extent] }],
+        nets: vec![Net { tap: given.give(tap::open(OURS.tap)?)?, mac: [2, 0, 0, 0, 0, 1] }],
+        vsock: Some(Vsock { listener: given.give(UnixListener::bind(directory.join("vsock"))?)? }),
+        rng: false,
+        control: None,
+        events: None,
+    };
+    let document = directory.join("config");
+    fs::write(&document, serde_json::to_vec(&config)?)?;
+    let vmm = place.library("pericarp-vmm");
+    let started = Command::new(&vmm).stdin(File::open(&document)?).stdout(Stdio::piped()).spawn();
+    drop(given);
+    Ok((started.with_context(|| format!("starting {}", vmm.display()))?, Box::new(File::from(input))))
+}
+
+/// Descriptors that the VMM inherits, kept open until it is started.
+#[derive(Default)]
+struct Given(Vec<OwnedFd>);
+
+impl Given {
+    fn give(&mut self, fd: impl Into<OwnedFd>) -> Result<RawFd> {
+        let fd = fd.into();
+        fcntl(&fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
+        let number = fd.as_raw_fd();
+        self.0.push(fd);
+        Ok(number)
+    }
+}
