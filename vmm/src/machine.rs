@@ -290,8 +290,11 @@ impl<'e> Machine<'e> {
                 Note::MemorySettled => self.answer_memory(),
                 Note::DeviceStopped { slot } => self.devices.bus.pci().with(slot, VirtioPci::finish_reset),
                 Note::DeviceFailed { slot, device, reason } => {
-                    self.devices.bus.pci().with(slot, |device, _| device.needs_reset());
-                    self.record_at(at, EventKind::DeviceNeedsReset { device, reason });
+                    let mut told = false;
+                    self.devices.bus.pci().with(slot, |device, _| told = device.needs_reset());
+                    if told {
+                        self.record_at(at, EventKind::DeviceNeedsReset { device, reason });
+                    }
                 }
                 Note::Ended(end) => return Some(self.explain(end)),
             }

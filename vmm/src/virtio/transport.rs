@@ -64,6 +64,10 @@ const NOTIFY_MULTIPLIER: u32 = 4;
 /// and every vector costs the guest a dozen exits to set up.
 const VECTORS: u16 = 2;
 
+/// Failures after which a device stays as it is until the VM ends: each leaves an event on the host, and a driver that breaks its
+/// rings again and again shall not fill the host's memory with them.
+const MOST_FAILURES: u16 = 64;
+
 // Types of structure (§4.1.4).
 const COMMON_CFG: u8 = 1;
 const NOTIFY_CFG: u8 = 2;
@@ -111,6 +115,10 @@ pub struct VirtioPci {
     worker: Worker,
     /// The driver waits for a reset, which waits for the thread.
     resetting: bool,
+    /// How often it needed a reset.
+    failures: u16,
+    /// The main thread knows that it has been started.
+    announced: bool,
     memory: Arc<GuestMemoryMmap>,
     notifier: Notifier,
 }
@@ -137,6 +145,8 @@ impl VirtioPci {
             wires: None,
             worker: Worker::spawn(place.slot, &info.name, backend, notifier.clone())?,
             resetting: false,
+            failures: 0,
+            announced: false,
             name: info.name,
             memory,
             notifier,
@@ -213,10 +223,12 @@ impl VirtioPci {
         }
     }
 
-    /// The thread gave up: tells the driver (§2.1.1).
-    pub fn needs_reset(&mut self) {
+    /// The device cannot go on: tells the driver (§2.1.1). False if it has done so too often for anybody else to be told.
+    pub fn needs_reset(&mut self) -> bool {
         self.registers.set_needs_reset();
         self.interrupt_config();
+        self.failures = self.failures.saturating_add(1);
+        self.failures <= MOST_FAILURES
     }
 
     /// The host has changed the configuration: tells the driver (§2.5).
@@ -257,6 +269,7 @@ impl VirtioPci {
         }
         match self.registers.write(offset, data) {
             Action::None => {}
+            Action::Start if self.failures >= MOST_FAILURES => self.registers.set_needs_reset(),
             Action::Start => {
                 if let Err(error) = self.start(irqs) {
                     self.fail(&error);
@@ -272,6 +285,9 @@ impl VirtioPci {
     }
 
     fn fail(&mut self, error: &dyn std::error::Error) {
+        if self.failures >= MOST_FAILURES {
+            return self.registers.set_needs_reset();
+        }
         let (slot, device, reason) = (self.slot, self.name.clone(), crate::describe(error));
         self.notifier.tell(Note::DeviceFailed { slot, device, reason });
     }
@@ -298,7 +314,9 @@ impl VirtioPci {
         self.connect_vectors(irqs);
         let active = Active { memory: Arc::clone(&self.memory), features: self.registers.features(), queues };
         self.worker.start(active)?;
-        self.notifier.tell(Note::DeviceStarted);
+        if !std::mem::replace(&mut self.announced, true) {
+            self.notifier.tell(Note::DeviceStarted);
+        }
         Ok(())
     }
 
