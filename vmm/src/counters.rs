@@ -6,7 +6,6 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -44,8 +43,10 @@ impl Stats {
     /// Shows `each` plain counter by its name.
     fn read(&self, each: impl FnMut(&[u8], u64)) -> io::Result<()> {
         let mut bytes = vec![0; MOST_BYTES];
-        let length = self.file.read_at(&mut bytes, 0)?;
-        bytes.truncate(length);
+        let part = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+        // SAFETY: `part` is all of `bytes`. It is the call by which devices read files, so the filter has no other.
+        let length = unsafe { libc::preadv2(self.file.as_raw_fd(), &raw const part, 1, 0, 0) };
+        bytes.truncate(usize::try_from(length).map_err(|_| io::Error::last_os_error())?);
         parse(&bytes, each).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "KVM's statistics make no sense"))
     }
 }

@@ -239,9 +239,10 @@ impl<'e> Machine<'e> {
     }
 
     /// Serves the VM until it is over; returns the code to exit with.
-    pub fn serve(mut self, notes: &Notes) -> i32 {
-        let reason =
-            self.wait_for_end(notes).unwrap_or_else(|error| ShutdownReason::Fault { message: describe(&error) });
+    pub fn serve(mut self, notes: &Notes, signals: &Signals) -> i32 {
+        let reason = self
+            .wait_for_end(notes, signals)
+            .unwrap_or_else(|error| ShutdownReason::Fault { message: describe(&error) });
         self.state = State::Ended;
         self.cpus.end();
         self.devices.bus.pci().stop();
@@ -250,11 +251,10 @@ impl<'e> Machine<'e> {
         code
     }
 
-    fn wait_for_end(&mut self, notes: &Notes) -> io::Result<ShutdownReason> {
-        let signals = SignalFd::with_flags(&termination(), SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
+    fn wait_for_end(&mut self, notes: &Notes, signals: &Signals) -> io::Result<ShutdownReason> {
         let mut poller = Poller::new()?;
         poller.add(&*notes.wake, EventSet::IN, NOTES)?;
-        poller.add(&signals.as_raw_fd(), EventSet::IN, SIGNALS)?;
+        poller.add(&signals.0.as_raw_fd(), EventSet::IN, SIGNALS)?;
         self.server.listen(&poller, LISTENER)?;
         loop {
             for (token, ready) in poller.wait(Wait::Block)? {
@@ -437,9 +437,17 @@ impl<'e> Machine<'e> {
     }
 }
 
-/// Signals that ask the VM to end; blocked in every thread and read from a descriptor.
-pub fn termination() -> SigSet {
-    [Signal::SIGTERM, Signal::SIGINT].into_iter().collect()
+/// Signals that ask the VM to end; blocked in every thread that starts later, and read from a descriptor.
+#[derive(Debug)]
+pub struct Signals(SignalFd);
+
+impl Signals {
+    /// Blocks them in this thread.
+    pub fn new() -> io::Result<Self> {
+        let termination: SigSet = [Signal::SIGTERM, Signal::SIGINT].into_iter().collect();
+        termination.thread_block()?;
+        Ok(Self(SignalFd::with_flags(&termination, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?))
+    }
 }
 
 fn one(fds: Vec<OwnedFd>) -> Result<OwnedFd, String> {

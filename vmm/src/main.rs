@@ -12,13 +12,13 @@ use pericarp_vmm::events::Events;
 use pericarp_vmm::jail::{self, JailError};
 use pericarp_vmm::kvm::{Host, KvmError};
 use pericarp_vmm::loader::{self, Image, LoadError};
-use pericarp_vmm::machine::{DeviceSetupError, Devices, Machine, termination};
+use pericarp_vmm::machine::{DeviceSetupError, Devices, Machine, Signals};
 use pericarp_vmm::memory::{self, GuestRam, MemoryError};
 use pericarp_vmm::notes::{self, Notes};
 use pericarp_vmm::pci::Pci;
 use pericarp_vmm::pci::irq::Irqs;
 use pericarp_vmm::serial::Port;
-use pericarp_vmm::vcpu::Cpus;
+use pericarp_vmm::vcpu::{self, Cpus};
 use pericarp_vmm::{acpi, console, cpu, describe, kvm};
 use thiserror::Error;
 use vmm_control::{Console, EventKind, ShutdownReason, exit};
@@ -96,7 +96,8 @@ fn boot(setup: Setup, events: &mut Events) -> Result<i32, StartError> {
     let stats = vcpus.iter().map(Stats::open).chain([Stats::open(&*vm)]).filter_map(Result::ok).collect();
 
     // Everything is open: from here on the guest's input reaches a process that can open nothing.
-    termination().thread_block().map_err(io::Error::from)?;
+    let signals = Signals::new()?;
+    vcpu::take_kicks()?;
     jail::enter(events.file().map(File::as_raw_fd))?;
 
     // The devices, each with its thread.
@@ -126,7 +127,7 @@ fn boot(setup: Setup, events: &mut Events) -> Result<i32, StartError> {
     // The guest runs.
     let cpus = Cpus::start(vcpus, &bus, &notifier)?;
     let counters = Counters::new(stats, cpus.exits.clone());
-    Ok(Machine::new(devices, cpus, counters, events, setup.control).serve(&notes))
+    Ok(Machine::new(devices, cpus, counters, events, setup.control).serve(&notes, &signals))
 }
 
 /// A panic ends the guest at once. There is no PCI behind ports 0xcf8 and 0xcfc, so Linux need not look there for

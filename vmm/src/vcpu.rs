@@ -123,6 +123,11 @@ pub struct Exits {
     pub interrupted: AtomicU64,
 }
 
+/// Has the signal handled that kicks a CPU's thread. Call before the first CPU starts.
+pub fn take_kicks() -> io::Result<()> {
+    Ok(register_signal_handler(SIGRTMIN(), kicked)?)
+}
+
 /// All virtual CPUs of a VM, running.
 pub struct Cpus {
     threads: Vec<JoinHandle<()>>,
@@ -134,7 +139,6 @@ pub struct Cpus {
 impl Cpus {
     /// Starts a thread for each.
     pub fn start(fds: Vec<VcpuFd>, bus: &Arc<Bus>, notifier: &Notifier) -> io::Result<Self> {
-        register_signal_handler(SIGRTMIN(), kicked)?;
         let mut cpus = Self { threads: Vec::new(), gate: Arc::new(Gate::new()), exits: Vec::new() };
         for (id, fd) in fds.into_iter().enumerate() {
             let exits = Arc::new(Exits::default());

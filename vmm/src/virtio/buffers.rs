@@ -31,6 +31,9 @@ use crate::memory;
 /// Most pieces of guest memory in one operation: what readv(2) takes (`UIO_MAXIOV`).
 const PARTS: usize = 1024;
 
+/// The position of what has none, and of a file the current one: preadv2(2) then is readv(2), which the filter need not allow.
+const NO_POSITION: off_t = -1;
+
 /// Bytes of zeros written at a time.
 const ZEROS: [u8; 4096] = [0; 4096];
 
@@ -166,40 +169,40 @@ impl<'m> Buffers<'m> {
         Ok(sum)
     }
 
-    /// Reads from a file at `position` into `range`: preadv(2). 0 means end of file.
+    /// Reads from a file at `position` into `range`: preadv2(2). 0 means end of file.
     pub fn pread(&mut self, range: Range<usize>, file: &impl AsRawFd, position: u64) -> io::Result<usize> {
         let (fd, position) = (file.as_raw_fd(), file_position(position)?);
         self.vectored(range, |parts, count| {
             // SAFETY: `vectored` gives pieces of mapped guest memory and their number. That the guest may see or
             // change those bytes meanwhile is no matter: only the kernel touches them.
-            unsafe { libc::preadv(fd, parts, count, position) }
+            unsafe { libc::preadv2(fd, parts, count, position, 0) }
         })
     }
 
-    /// Writes `range` to a file at `position`: pwritev(2).
+    /// Writes `range` to a file at `position`: pwritev2(2).
     pub fn pwrite(&mut self, range: Range<usize>, file: &impl AsRawFd, position: u64) -> io::Result<usize> {
         let (fd, position) = (file.as_raw_fd(), file_position(position)?);
         self.vectored(range, |parts, count| {
             // SAFETY: as in `pread`.
-            unsafe { libc::pwritev(fd, parts, count, position) }
+            unsafe { libc::pwritev2(fd, parts, count, position, 0) }
         })
     }
 
-    /// Reads from a stream or a packet from a tap into `range`: readv(2).
+    /// Reads from a stream or a packet from a tap into `range`.
     pub fn receive(&mut self, range: Range<usize>, source: &impl AsRawFd) -> io::Result<usize> {
         let fd = source.as_raw_fd();
         self.vectored(range, |parts, count| {
             // SAFETY: as in `pread`.
-            unsafe { libc::readv(fd, parts, count) }
+            unsafe { libc::preadv2(fd, parts, count, NO_POSITION, 0) }
         })
     }
 
-    /// Writes `range` to a stream, or as one packet to a tap: writev(2).
+    /// Writes `range` to a stream, or as one packet to a tap.
     pub fn send(&mut self, range: Range<usize>, sink: &impl AsRawFd) -> io::Result<usize> {
         let fd = sink.as_raw_fd();
         self.vectored(range, |parts, count| {
             // SAFETY: as in `pread`.
-            unsafe { libc::writev(fd, parts, count) }
+            unsafe { libc::pwritev2(fd, parts, count, NO_POSITION, 0) }
         })
     }
 

@@ -18,10 +18,11 @@
 )]
 
 use std::collections::BTreeMap;
+use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::AsRawFd;
 
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, recv, send};
+use nix::sys::socket::{MsgFlags, recvmsg, sendmsg};
 use virtio_queue::QueueT;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::EventSet;
@@ -187,7 +188,8 @@ impl<'a> Relay<'a> {
     fn flush(&mut self) -> Result<(), DeviceError> {
         let (Some(length), Some(server)) = (self.unsent, &self.fs.server) else { return Ok(()) };
         let message = self.outgoing.get(..length).unwrap_or_default();
-        match send(server.as_raw_fd(), message, MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT) {
+        let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+        match sendmsg::<()>(server.as_raw_fd(), &[IoSlice::new(message)], &[], flags, None) {
             Ok(_) => self.unsent = None,
             Err(Errno::EAGAIN | Errno::EINTR) => {}
             Err(error) => return self.lose(&format!("sending to the server: {error}")),
@@ -200,7 +202,8 @@ impl<'a> Relay<'a> {
         for _ in 0..BATCH {
             let Some(server) = &self.fs.server else { return Ok(()) };
             let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_TRUNC;
-            match recv(server.as_raw_fd(), &mut self.incoming, flags) {
+            let mut parts = [IoSliceMut::new(&mut self.incoming)];
+            match recvmsg::<()>(server.as_raw_fd(), &mut parts, None, flags).map(|packet| packet.bytes) {
                 Ok(0) => return self.lose("the server has ended"),
                 Ok(length) => self.answer(length)?,
                 Err(Errno::EAGAIN | Errno::EINTR) => return Ok(()),

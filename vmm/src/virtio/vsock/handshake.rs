@@ -1,11 +1,11 @@
 //! The first line of a client: `CONNECT <port>\n`.
 
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, recv};
+use nix::sys::socket::{MsgFlags, recvmsg};
 
 use super::packet::PORT_ANY;
 
@@ -62,9 +62,9 @@ impl Handshake {
 
     fn receive(&self, bytes: &mut [u8], flags: MsgFlags) -> io::Result<usize> {
         loop {
-            match recv(self.stream.as_raw_fd(), bytes, flags) {
+            match recvmsg::<()>(self.stream.as_raw_fd(), &mut [IoSliceMut::new(bytes)], None, flags) {
                 Err(Errno::EINTR) => {}
-                result => return Ok(result?),
+                result => return Ok(result?.bytes),
             }
         }
     }
