@@ -17,6 +17,7 @@
 )]
 
 mod disk;
+mod pace;
 mod request;
 #[cfg(test)]
 mod tests;
@@ -38,6 +39,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::disk::Disk;
 pub use self::disk::DiskError;
+use self::pace::Pace;
 use self::request::{RANGES, Request, status_offset, status_ok};
 use super::buffers::{Buffers, gather};
 use super::counters::{Counter, Snapshot};
@@ -196,13 +198,14 @@ impl Backend for Blk {
         let memory = &*active.memory;
         let queue = active.queues.first_mut().ok_or(DeviceError::Driver("the disk has no queue"))?;
         let (mut readable, mut writable) = (Buffers::new(memory), Buffers::new(memory));
+        let mut pace = Pace::new();
         let mut poller = Poller::new()?;
         poller.add(stop, EventSet::IN, STOP)?;
         poller.add(&self.inbox, EventSet::IN, INBOX)?;
         poller.add(&queue.kick, EventSet::IN, KICK)?;
         loop {
             // First of all, for requests may have come before this thread watched for them.
-            let wait = self.serve(queue, memory, &mut readable, &mut writable)?;
+            let wait = self.serve(queue, memory, &mut readable, &mut writable, &mut pace)?;
             for (token, _) in poller.wait(wait)? {
                 match token {
                     STOP => return Ok(()),
@@ -230,12 +233,17 @@ impl Blk {
         memory: &'m GuestMemoryMmap,
         readable: &mut Buffers<'m>,
         writable: &mut Buffers<'m>,
+        pace: &mut Pace,
     ) -> Result<Wait, DeviceError> {
         let mut turns = 0..BATCH;
-        let mut used = false;
+        let (mut used, mut lingers) = (false, false);
         let mut wait = Wait::Poll;
         while wait == Wait::Poll && turns.next().is_some() {
             let Some(chain) = queue.pop(memory)? else {
+                if pace.lingers() {
+                    lingers = true;
+                    break;
+                }
                 // Looks again after asking for a notification: a request may have slipped in between (§2.7.10).
                 let more = queue.queue.enable_notification(memory)?;
                 wait = if more { Wait::Poll } else { Wait::Block };
@@ -247,10 +255,14 @@ impl Blk {
             gather(chain, readable, writable)?;
             let written = self.execute(readable, writable)?;
             queue.complete(memory, head, written)?;
+            pace.take();
             used = true;
         }
         if used {
             queue.signal_used(memory)?;
+        }
+        if lingers {
+            Pace::pause();
         }
         Ok(wait)
     }
