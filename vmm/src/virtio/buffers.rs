@@ -108,14 +108,21 @@ impl<'m> Buffers<'m> {
     /// The pieces that make up `range`, cut to it; what lies past the end is left out.
     fn pieces(&self, range: Range<usize>) -> impl Iterator<Item = iovec> {
         let mut start = 0_usize;
-        self.parts.iter().filter_map(move |part| {
+        let mut parts = self.parts.iter();
+        // Pieces behind the range are not even looked at: there may be many, and packets are small.
+        let up_to_end = std::iter::from_fn(move || {
+            if start >= range.end {
+                return None;
+            }
+            let part = parts.next()?;
             let (first, end) = (start, start.saturating_add(part.iov_len));
             start = end;
             let skip = range.start.saturating_sub(first).min(part.iov_len);
             let len = range.end.min(end).saturating_sub(first.saturating_add(skip));
             let base = part.iov_base.wrapping_byte_add(skip);
-            (len > 0).then_some(iovec { iov_base: base, iov_len: len })
-        })
+            Some(iovec { iov_base: base, iov_len: len })
+        });
+        up_to_end.filter(|piece| piece.iov_len > 0)
     }
 
     fn slices(&self, range: Range<usize>) -> impl Iterator<Item = VolatileSlice<'m>> {
@@ -190,9 +197,15 @@ impl<'m> Buffers<'m> {
 
     /// Reads from a stream or a packet from a tap into `range`.
     pub fn receive(&mut self, range: Range<usize>, source: &impl AsRawFd) -> io::Result<usize> {
+        self.receive_with(range, &mut [], source)
+    }
+
+    /// As [`Buffers::receive`]; what goes beyond `range` goes to `rest`.
+    pub fn receive_with(&mut self, range: Range<usize>, rest: &mut [u8], source: &impl AsRawFd) -> io::Result<usize> {
         let fd = source.as_raw_fd();
-        self.vectored(range, |parts, count| {
-            // SAFETY: as in `pread`.
+        let rest = (!rest.is_empty()).then_some(iovec { iov_base: rest.as_mut_ptr().cast(), iov_len: rest.len() });
+        self.vectored_with(range, rest, |parts, count| {
+            // SAFETY: as in `pread`, and `rest` is borrowed until the call has returned.
             unsafe { libc::preadv2(fd, parts, count, NO_POSITION, 0) }
         })
     }
@@ -221,9 +234,20 @@ impl<'m> Buffers<'m> {
 
     /// Makes a system call over `range`, again after a signal.
     fn vectored(&mut self, range: Range<usize>, call: impl Fn(*const iovec, c_int) -> isize) -> io::Result<usize> {
+        self.vectored_with(range, None, call)
+    }
+
+    /// Makes one over `range` and one piece more.
+    fn vectored_with(
+        &mut self,
+        range: Range<usize>,
+        more: Option<iovec>,
+        call: impl Fn(*const iovec, c_int) -> isize,
+    ) -> io::Result<usize> {
         let mut window = std::mem::take(&mut self.window);
         window.clear();
         window.extend(self.pieces(range));
+        window.extend(more);
         let result = match c_int::try_from(window.len()) {
             Ok(count) => repeat_interrupted(|| call(window.as_ptr(), count)),
             Err(_) => Err(io::ErrorKind::InvalidInput.into()),

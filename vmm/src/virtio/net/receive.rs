@@ -3,6 +3,10 @@
 //! A tap cuts off what does not fit, so a packet is read only when the guest has given room for the longest one. With
 //! merged buffers (VIRTIO_NET_F_MRG_RXBUF) that room is made of many chains; those that a packet leaves over serve
 //! the next one, and go back when the device stops.
+//!
+//! A system call into all of that room costs as much as the rest of a small packet's way. So after a packet that fitted into the
+//! first chain the next one is read into the first chain and, behind that, into memory of the host's, from where what did not
+//! fit is copied.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -31,6 +35,10 @@ pub(super) struct Receiver<'m> {
     chains: VecDeque<(u16, usize)>,
     /// Chains of the packet at hand: head and bytes written.
     used: Vec<(u16, usize)>,
+    /// The last packet fitted into its first chain.
+    small: bool,
+    /// Where the end of a packet goes that is longer than the last one.
+    spill: Vec<u8>,
     /// The tap may have a packet.
     tap_ready: bool,
     /// The tap is gone for good.
@@ -49,6 +57,8 @@ impl<'m> Receiver<'m> {
             room: Buffers::new(memory),
             chains: VecDeque::with_capacity(entries),
             used: Vec::with_capacity(entries),
+            small: false,
+            spill: vec![0; PACKET_BYTES],
             tap_ready: true,
             tap_gone: false,
             starved: false,
@@ -85,8 +95,7 @@ impl<'m> Receiver<'m> {
             if !self.make_room()? {
                 continue;
             }
-            let limit = self.room_for_one();
-            match self.room.receive(0..limit, tap) {
+            match self.read(tap) {
                 Ok(len) if len < HEADER_BYTES => self.tap_gone = true,
                 Ok(len) => {
                     self.deliver(len)?;
@@ -126,6 +135,20 @@ impl<'m> Receiver<'m> {
         } else {
             !self.chains.is_empty()
         }
+    }
+
+    /// Reads one packet into the room.
+    fn read(&mut self, tap: &File) -> io::Result<usize> {
+        let limit = self.room_for_one();
+        let first = self.chains.front().map_or(0, |(_, len)| *len).min(limit);
+        let direct = if self.small { first } else { limit };
+        let spill = self.spill.get_mut(..limit.saturating_sub(direct)).unwrap_or_default();
+        let len = self.room.receive_with(0..direct, spill, tap)?;
+        if let Some(spilt) = len.checked_sub(direct) {
+            self.room.write_at(direct, self.spill.get(..spilt).unwrap_or_default());
+        }
+        self.small = len <= first;
+        Ok(len)
     }
 
     fn room_for_one(&self) -> usize {
