@@ -105,6 +105,12 @@ pub(crate) fn limit_cpu(root: &Path, leaf: &str, (quota, period): (u64, u64)) ->
     set(&root.join(leaf.trim_start_matches('/')), "cpu.max", &format!("{quota} {period}"))
 }
 
+/// How often the kernel has killed a process of a leaf because there was no memory for it.
+pub(crate) fn oom_kills(root: &Path, leaf: &str) -> u64 {
+    let events = fs::read_to_string(root.join(leaf.trim_start_matches('/')).join("memory.events")).unwrap_or_default();
+    events.lines().find_map(|line| line.strip_prefix("oom_kill ")?.parse().ok()).unwrap_or(0)
+}
+
 /// Kills all that is in a leaf and removes it; one that is not there is no error.
 pub(crate) async fn remove(root: &Path, leaf: &str) -> Result<()> {
     let at = root.join(leaf.trim_start_matches('/'));

@@ -111,6 +111,10 @@ impl Vmm {
     }
 }
 
+// Kinds of [`Cause`] that say little.
+const KILLED: &str = "killed";
+const UNKNOWN: &str = "unknown";
+
 /// Why a VMM ended.
 #[derive(Debug)]
 pub(crate) struct Cause {
@@ -124,6 +128,17 @@ impl Cause {
     /// Whether the guest ended it, and not the VMM or the host.
     pub(crate) fn is_the_guests(&self) -> bool {
         ["guest_reset", "guest_panic", "fault"].contains(&self.kind)
+    }
+
+    /// Whether it was killed, as far as is known, by whom nobody knows.
+    pub(crate) fn is_unexplained(&self) -> bool {
+        matches!(self.kind, KILLED | UNKNOWN)
+    }
+
+    /// The host's kernel killed it when its cgroup was at its limit.
+    pub(crate) fn out_of_memory() -> Self {
+        let text = "the VMM was killed by the host's kernel: the pod's cgroup was out of memory (memory.max)";
+        Self { kind: "out_of_memory", text: text.into() }
     }
 }
 
@@ -145,9 +160,9 @@ fn kind(events: &[Event], ended: Option<Ended>) -> &'static str {
             ShutdownReason::Fault { .. } => "fault",
             ShutdownReason::ForbiddenSyscall { .. } => "forbidden_syscall",
         },
-        (_, Some(Ended::Killed(_))) => "killed",
+        (_, Some(Ended::Killed(_))) => KILLED,
         (_, Some(Ended::Exited(_))) => "exited",
-        (_, None) => "unknown",
+        (_, None) => UNKNOWN,
     }
 }
 

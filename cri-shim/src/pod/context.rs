@@ -65,8 +65,11 @@ impl Context {
         Ok(Self { host, events, watcher, boots, ends, config, spawner, images, network, template, _lock: lock })
     }
 
-    /// Counts the end of a VM, and says why it ended.
-    pub(super) fn ended(&self, cause: Cause) -> String {
+    /// Counts the end of a VM, and says why it ended. A VMM that was killed leaves no word, but its cgroup may tell why.
+    pub(super) fn ended(&self, mut cause: Cause, leaf: &str) -> String {
+        if cause.is_unexplained() && cgroup::oom_kills(&self.config.cgroup_root, leaf) > 0 {
+            cause = Cause::out_of_memory();
+        }
         let mut ends = self.ends.lock().unwrap_or_else(PoisonError::into_inner);
         let count = ends.entry(cause.kind).or_default();
         *count = count.saturating_add(1);

@@ -233,7 +233,7 @@ impl Owner {
                 self.container_exited(&exited);
             }
         }
-        Some(self.context.ended(machine.vmm.cause().await))
+        Some(self.context.ended(machine.vmm.cause().await, &self.record.cgroup))
     }
 
     /// Makes the record say that nothing runs any more.

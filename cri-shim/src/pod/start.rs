@@ -152,7 +152,7 @@ async fn make(context: &Arc<Context>, mut record: Record) -> Result<Owner, Failu
         Err(Failure::VmEnded) => {
             let cause = vmm.cause().await;
             let died = cause.is_the_guests();
-            let cause = context.ended(cause);
+            let cause = context.ended(cause, &record.cgroup);
             return Err(if died {
                 Failure::GuestDied { cause, undone: false }
             } else {

@@ -84,7 +84,7 @@ async fn recover(context: Arc<Context>, mut record: Record) -> Result<Option<Own
             let dir = context.config.pod_dir(&record.id);
             let vmm = record.vmm.map(|id| Vmm::adopt(id, dir.clone())).transpose()?.flatten();
             let Some(vmm) = vmm else {
-                let message = context.ended(cause_of(&dir, None));
+                let message = context.ended(cause_of(&dir, None), &record.cgroup);
                 let _named = record.span().entered();
                 tracing::warn!(pod = record.id, message, "the VM ended while no daemon ran");
                 vm_lost(&mut record, message);
