@@ -74,8 +74,8 @@ test-host: setup
 	cargo test --locked -p pericarp-tests --test architecture
 
 # Two labs side by side use both cores; the longest comes first.
-LAB_TESTS_A := pod cli kill volumes block images resize
-LAB_TESTS_B := bad_input streaming at_once calls observe kill_points
+LAB_TESTS_A := pod cli kill volumes block images resize faults flush
+LAB_TESTS_B := bad_input streaming at_once calls observe kill_points hostile jail
 LAB_TESTS_SLOW := in_turn kill_points bulk upgrade spans
 
 # $(call in_lab,PACKAGE,TESTS): cargo runs each test binary through the lab.

@@ -7,6 +7,7 @@ mod containerd;
 mod front;
 mod inventory;
 mod late;
+mod log_writes;
 mod node;
 mod terminal;
 
@@ -15,6 +16,7 @@ pub use containerd::{Containerd, RUNTIME, Release};
 pub use front::{Fault, Front};
 pub use inventory::Inventory;
 pub use late::status_of;
+pub use log_writes::{Entry, LoggedDisk};
 pub use node::{Call, Node, Settings, resident_kib, wait_until};
 pub use terminal::Terminal;
 
