@@ -107,6 +107,12 @@ impl Machine {
         if self.kind == Kind::Host { Ok(0.0) } else { kvm::counter(self.child.id(), "exits") }
     }
 
+    /// Its threads.
+    pub(super) fn threads(&self) -> Result<Vec<u32>> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id()))?;
+        tasks.map(|task| Ok(task?.file_name().to_string_lossy().parse()?)).collect()
+    }
+
     /// Ends it.
     pub(super) fn end(mut self) -> Result<()> {
         self.child.kill()?;

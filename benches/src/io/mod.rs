@@ -21,12 +21,16 @@ use crate::Place;
 use crate::phases::now;
 use crate::repeat::repeat;
 use crate::report::{Report, Samples};
+use crate::trace::Trace;
 
 /// Bytes of the disk; the load uses as many.
 const DISK_BYTES: u64 = 64 << 20;
 
 /// What is compared, and how its figures are called.
 const CONTESTANTS: [(&str, Kind); 3] = [("", Kind::Pericarp), ("qemu_microvm.", Kind::Qemu), ("host.", Kind::Host)];
+
+/// Jobs whose exits are told by reason, in one more run that is not counted.
+const EXPLAINED: [&str; 4] = ["blk.read_4k", "blk.read_4k_32", "net.tcp_echo", "net.udp_receive"];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -51,6 +55,12 @@ pub(crate) async fn measure(place: &Place, report: &mut Report) -> Result<String
         for (name, value) in rounds.into_iter().flatten() {
             samples.add(name, value);
         }
+        for (prefix, machine) in machines.iter_mut().filter(|(_, machine)| machine.kind != Kind::Host) {
+            if EXPLAINED.contains(&job.name) {
+                explain(prefix, machine, job)?;
+            }
+        }
+        println!("{} is measured", job.name);
     }
     for (_, machine) in machines {
         machine.end()?;
@@ -99,6 +109,18 @@ fn once(machine: &mut Machine, job: &Job) -> Result<(f64, f64)> {
     let (ended, more_exits) = (now()?, machine.exits()?);
     peer.join().ok().context("the peer panicked")??;
     Ok(((ended - begun) as f64, more_exits - exits))
+}
+
+/// Prints why the guest was left.
+fn explain(prefix: &str, machine: &mut Machine, job: &Job) -> Result<()> {
+    let trace = Trace::start(&machine.threads()?)?;
+    once(machine, job)?;
+    let counts = trace.stop(&[], now()?)?;
+    println!("{prefix}{}: exits of {} by reason, and what they were for", job.name, job.operations());
+    for (what, count) in counts.exits.iter().chain(&counts.details).filter(|(_, count)| **count > 50) {
+        println!("  {count:>6}  {what}");
+    }
+    Ok(())
 }
 
 /// The figures side by side, in Markdown.
