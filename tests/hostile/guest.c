@@ -26,8 +26,9 @@ enum { ID_NET = 1, ID_BLOCK = 2, ID_RNG = 4, ID_VSOCK = 19 };
 #define EVENT_IDX (1U << 29)
 // Above any memory of this guest.
 #define NOWHERE 0xfffff0000000UL
-// Looks at a device before it is called silent: seconds in the lab.
-#define PATIENCE 4000000UL
+// Looks at a device before it is called stuck, and before it is called silent. The device's thread may wait for this very processor.
+#define PATIENCE 40000000UL
+#define GLANCE 4000000UL
 
 static void out8(u16 port, u8 value) { __asm__ volatile("outb %0, %1" ::"a"(value), "Nd"(port)); }
 static void out32(u16 port, u32 value) { __asm__ volatile("outl %0, %1" ::"a"(value), "Nd"(port)); }
@@ -302,7 +303,7 @@ static void rings_mode(void)
 				}
 				attacks[attack].run(queue);
 				kick(device, queue);
-				char seen = outcome(device, queue, PATIENCE / 20);
+				char seen = outcome(device, queue, GLANCE);
 				report(device, queue, attacks[attack].name, seen == 'r' ? "reset" : seen == 'u' ? "used" : "silent");
 			}
 	// Rings where there is no memory.
@@ -311,7 +312,7 @@ static void rings_mode(void)
 		negotiate(&devices[i]);
 		enable_queue(&devices[i], 0, NOWHERE, NOWHERE, NOWHERE);
 		write8(devices[i].registers + 0x14, ACKNOWLEDGED | DRIVER | FEATURES_OK | DRIVER_OK);
-		report(&devices[i], 0, "nowhere", outcome(&devices[i], 1, PATIENCE) == 'r' ? "reset" : "silent");
+		report(&devices[i], 0, "nowhere", outcome(&devices[i], 1, GLANCE) == 'r' ? "reset" : "silent");
 	}
 }
 

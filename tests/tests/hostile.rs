@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -131,7 +132,13 @@ impl Remains {
     }
 }
 
-fn kernel() -> PathBuf {
+/// Where the guest is, built once.
+fn kernel() -> &'static Path {
+    static KERNEL: OnceLock<PathBuf> = OnceLock::new();
+    KERNEL.get_or_init(build)
+}
+
+fn build() -> PathBuf {
     let kernel = Path::new(env!("CARGO_TARGET_TMPDIR")).join("hostile.elf");
     let build = Path::new(env!("CARGO_MANIFEST_DIR")).join("hostile/build");
     assert!(Command::new(build).arg(&kernel).stdout(Stdio::null()).status().expect("runs").success());
@@ -257,6 +264,6 @@ fn a_neighbour_of_a_hostile_guest_is_served_as_beside_a_busy_one() {
     }
     println!("answers beside a spinner: {benign}, beside a hostile guest: {hostile}");
     assert!(f64::from(hostile) >= f64::from(benign) / 1.5, "{hostile} against {benign}");
-    fs::remove_dir("/sys/fs/cgroup/hostile").expect("is empty");
+    wait_until("the cgroup to be empty", || fs::remove_dir("/sys/fs/cgroup/hostile").is_ok());
     node.remove_pod(&pod);
 }
