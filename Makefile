@@ -11,7 +11,7 @@ STATIC_BIN := target/$(TARGET)/release
 ROOT := target/root
 LAB := tests/lab/lab
 
-.PHONY: demo test test-all test-host test-lab test-containerd lab-containerd-debian lab-containerd-new lab-conformance lab-a lab-b fuzz-smoke conformance bench build install lint setup programs static-programs kernel initrd clean
+.PHONY: demo test test-all test-host test-lab test-containerd test-kubernetes lab-containerd-debian lab-containerd-new lab-conformance lab-a lab-b fuzz-smoke conformance bench build install lint setup programs static-programs kernel initrd clean
 
 ## What is built
 
@@ -113,6 +113,23 @@ test-containerd: $(ROOT)
 
 lab-containerd-debian lab-containerd-new:
 	$(call in_lab,pericarp-tests,containerd) $(@:lab-containerd-%=%)::
+
+# A whole Kubernetes 1.36.1 of one node whose only runtime is pericarpd; its programs are built the first time, for ten minutes.
+KUBERNETES := kubelet kube-apiserver kube-scheduler kube-controller-manager kube-proxy kubectl kubeadm coredns
+
+# $(call in_cluster,LAB-OPTIONS,TEST,FILTER)
+in_cluster = CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='$(CURDIR)/$(LAB) --memory 8192 --timeout 5400 $(1) --' \
+	cargo test --locked -p pericarp-tests --test $(2) -- --test-threads 1 $(3)
+
+test-kubernetes: $(ROOT)
+	tests/lab/images >/dev/null
+	tests/lab/go-tools crictl >/dev/null
+	tests/lab/go-tools $(KUBERNETES) >/dev/null
+	$(call in_cluster,,kubelet,)
+	$(call in_cluster,,kubernetes,)
+	truncate --size 0 target/node.img; truncate --size 8G target/node.img; mkfs.ext4 -q target/node.img
+	for boot in first_boot second_boot; do $(call in_cluster,--disk $(CURDIR)/target/node.img,reboot,$$boot); done
+	rm target/node.img
 
 # Each fuzz target for a minute; FUZZ_SECONDS=3600 for longer.
 FUZZ_TARGETS := balloon blk fs mem net protocol registers ring vsock

@@ -101,6 +101,29 @@ impl Default for Settings {
     }
 }
 
+impl Settings {
+    /// Writes the configurations of the daemon and of its network into a directory, for the programs installed below `root`.
+    pub(crate) fn write(&self, directory: &Path, root: &Path) {
+        let cni = directory.join("cni");
+        fs::create_dir_all(&cni).expect("the test's directory is writable");
+        let conflist = root.join("etc/cni/net.d/10-pericarp.conflist");
+        fs::copy(conflist, cni.join("10-pericarp.conflist")).expect("the conflist is installed");
+        let mut config = format!(
+            "socket = \"{run}/pericarpd.sock\"\nstate_dir = \"{run}/state\"\nimage_dir = \"{images}\"\n{keys}\n\
+             vmm = \"{root}/usr/lib/pericarp/pericarp-vmm\"\nkernel = \"{root}/usr/lib/pericarp/vmlinux\"\n\
+             initrd = \"{root}/usr/lib/pericarp/initrd\"\n\n[cni]\nconf_dir = \"{run}/cni\"\nbin_dirs = [\"/usr/lib/cni\"]\n",
+            run = directory.display(),
+            root = root.display(),
+            images = self.image_dir.display(),
+            keys = self.keys,
+        );
+        for host in ["registry.k8s.io", "gcr.io", "k8s.gcr.io", "docker.io"] {
+            config.push_str(&format!("\n[[registry]]\nhost = \"{host}\"\nmirrors = [\"{}\"]\n", self.mirror));
+        }
+        fs::write(directory.join("pericarp.toml"), config).expect("the test's directory is writable");
+    }
+}
+
 /// A node under test. Dropping it ends the daemon and, first, every pod.
 #[derive(Debug)]
 pub struct Node {
@@ -151,23 +174,7 @@ impl Node {
     }
 
     fn configure(&self, settings: &Settings) {
-        let cni = self.directory.join("cni");
-        fs::create_dir_all(&cni).expect("the test's directory is writable");
-        let conflist = self.root.join("etc/cni/net.d/10-pericarp.conflist");
-        fs::copy(conflist, cni.join("10-pericarp.conflist")).expect("the conflist is installed");
-        let mut config = format!(
-            "socket = \"{run}/pericarpd.sock\"\nstate_dir = \"{run}/state\"\nimage_dir = \"{images}\"\n{keys}\n\
-             vmm = \"{root}/usr/lib/pericarp/pericarp-vmm\"\nkernel = \"{root}/usr/lib/pericarp/vmlinux\"\n\
-             initrd = \"{root}/usr/lib/pericarp/initrd\"\n\n[cni]\nconf_dir = \"{run}/cni\"\nbin_dirs = [\"/usr/lib/cni\"]\n",
-            run = self.directory.display(),
-            root = self.root.display(),
-            images = settings.image_dir.display(),
-            keys = settings.keys,
-        );
-        for host in ["registry.k8s.io", "gcr.io", "k8s.gcr.io", "docker.io"] {
-            config.push_str(&format!("\n[[registry]]\nhost = \"{host}\"\nmirrors = [\"{}\"]\n", settings.mirror));
-        }
-        fs::write(self.config(), config).expect("the test's directory is writable");
+        settings.write(&self.directory, &self.root);
     }
 
     /// Where all of the test's own files are.
@@ -408,7 +415,7 @@ pub(crate) fn run(command: &mut Command) -> Call {
     Call::new(line, &output)
 }
 
-fn merge(into: &mut Value, more: &Value) {
+pub(crate) fn merge(into: &mut Value, more: &Value) {
     match (into, more) {
         (_, Value::Null) => {}
         (Value::Object(into), Value::Object(more)) => {
