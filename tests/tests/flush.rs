@@ -64,7 +64,7 @@ fn replay(before: &Path, entries: &[Entry], look: &Path) {
         match entry {
             Entry::Write(at, data) => disk.write_all_at(data, *at).expect("writes"),
             Entry::Discard(at, bytes) => {
-                disk.write_all_at(&vec![0; usize::try_from(*bytes).expect("fits")], *at).expect("writes")
+                disk.write_all_at(&vec![0; usize::try_from(*bytes).expect("fits")], *at).expect("writes");
             }
             Entry::Mark => durable += 1,
             Entry::Flush => {

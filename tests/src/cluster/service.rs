@@ -26,6 +26,7 @@ impl Service {
         Self { name, directory: directory.to_owned(), program, arguments }
     }
 
+    #[expect(clippy::zombie_processes, reason = "`end` and `runs` wait for it by its pid")]
     pub(super) fn start(&self) {
         let log =
             fs::File::options().append(true).create(true).open(self.log_file()).expect("the directory is writable");
