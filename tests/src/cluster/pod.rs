@@ -86,7 +86,7 @@ impl<'c> Pod<'c> {
     /// As it is now.
     #[track_caller]
     pub fn object(&self) -> Value {
-        self.cluster.object("pod", &self.name)
+        self.cluster.at(&format!("/api/v1/namespaces/default/pods/{}", self.name))
     }
 
     /// Its uid, by which its cgroup is named.
@@ -143,11 +143,11 @@ impl<'c> Pod<'c> {
 
     /// What events say of it, one a line: reason, then message.
     pub fn events(&self) -> String {
-        let (of, how) = (
-            format!("--field-selector=involvedObject.name={}", self.name),
-            "jsonpath={range .items[*]}{.reason}: {.message}{\"\\n\"}{end}",
-        );
-        self.cluster.kubectl(["get", "events", &of, "-o", how]).ok()
+        let path = "/api/v1/namespaces/default/events?fieldSelector=involvedObject.name=";
+        let list = self.cluster.at(&format!("{path}{}", self.name));
+        let text = |event: &Value, field: &str| event[field].as_str().unwrap_or_default().to_owned();
+        let events = list["items"].as_array().into_iter().flatten();
+        events.map(|event| format!("{}: {}\n", text(event, "reason"), text(event, "message"))).collect()
     }
 
     /// Removes it, and waits until it is gone.

@@ -172,7 +172,7 @@ fn a_hog_does_not_starve_its_neighbour() {
 
 /// The pod's entry of `/stats/summary`.
 fn summary(cluster: &Cluster, pod: &str) -> Value {
-    let summary = cluster.kubectl(["get", "--raw", "/api/v1/nodes/node1/proxy/stats/summary"]).json();
+    let summary = cluster.at("/api/v1/nodes/node1/proxy/stats/summary");
     let pods = summary["pods"].as_array().cloned().unwrap_or_default();
     pods.into_iter().find(|entry| entry["podRef"]["name"] == pod).unwrap_or(Value::Null)
 }

@@ -101,7 +101,8 @@ fn cp_goes_both_ways() {
 #[test]
 fn port_forward_reaches_the_pod() {
     let cluster = Cluster::get();
-    let web = container("c", &json!({"image": image::NGINX}));
+    let ready = json!({"tcpSocket": {"port": 80}, "periodSeconds": 1});
+    let web = container("c", &json!({"image": image::NGINX, "readinessProbe": ready}));
     let pod = Pod::run(&cluster, "forward", &json!({"containers": [web]}));
     let mut command = cluster.kubectl_command();
     command.args(["port-forward", &format!("pod/{}", pod.name), ":80"]).stdout(Stdio::piped());
