@@ -13,7 +13,7 @@ use vmm_control::{EventKind, ShutdownReason, exit, last_event};
 const CALLS: i64 = 480;
 
 /// Most calls that a VMM may make, in all of its threads together.
-const MOST: usize = 40;
+const MOST: usize = 44;
 
 /// Names the call that a child process makes.
 const CALL: &str = "PERICARP_TEST_CALL";
@@ -29,6 +29,9 @@ const WRONGLY: [(i64, [i64; 4]); 5] = [
     (libc::SYS_mprotect, [0, 4096, 5, 0]),
     (libc::SYS_madvise, [0, 4096, 9, 0]),
 ];
+
+/// Numbers of uretprobe(2) and uprobe(2), which libc does not have yet.
+const UNFILTERED: [i64; 2] = [335, 336];
 
 /// Not a test of its own: what a child process does.
 #[test]
@@ -77,6 +80,10 @@ fn each_call_that_is_not_allowed_ends_the_process_and_is_named() {
     let refused: Vec<i64> = (0..CALLS).filter(|call| !ALLOWED.contains(call) && !ARGUED.contains(call)).collect();
     assert_eq!(refused.len(), usize::try_from(CALLS).unwrap() - ALLOWED.len() - ARGUED.len());
     for call in refused {
+        // Newer kernels let these past every filter, and refuse them to whoever is not in a trampoline of theirs.
+        if UNFILTERED.contains(&call) && of_child(call, [0; 4]).0 != Some(exit::FORBIDDEN_SYSCALL) {
+            continue;
+        }
         assert_forbidden(call, [0; 4]);
     }
 }
