@@ -74,9 +74,9 @@ test-host: setup
 	cargo test --locked -p pericarp-tests --test architecture
 
 # Two labs side by side use both cores; the longest comes first.
-LAB_TESTS_A := pod cli kill volumes block images resize faults flush
-LAB_TESTS_B := bad_input streaming at_once calls observe kill_points hostile jail
-LAB_TESTS_SLOW := in_turn kill_points bulk upgrade spans
+LAB_TESTS_A := pod cli kill volumes block images resize
+LAB_TESTS_B := bad_input streaming at_once calls observe kill_points
+LAB_TESTS_SLOW := in_turn kill_points bulk upgrade spans faults flush hostile jail
 
 # $(call in_lab,PACKAGE,TESTS): cargo runs each test binary through the lab.
 in_lab = CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='$(CURDIR)/$(LAB) --timeout 2400 --' cargo test --locked -p $(1) \
