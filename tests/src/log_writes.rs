@@ -15,6 +15,9 @@ const FLUSH: u64 = 1;
 const DISCARD: u64 = 4;
 const MARK: u64 = 8;
 
+/// What our marks say; the target leaves one of its own when it ends.
+const HERE: &str = "here";
+
 /// Bytes set aside for the log.
 const LOG_BYTES: u64 = 256 << 20;
 
@@ -54,12 +57,14 @@ impl LoggedDisk {
 
     /// The device.
     pub fn device(&self) -> String {
-        format!("/dev/mapper/{}", self.name)
+        // The name below /dev/mapper is a link where udev is, and nothing where it is not.
+        let minor = run("dmsetup", &["info", "--columns", "--noheadings", "--options", "minor", &self.name]);
+        format!("/dev/dm-{}", minor.trim())
     }
 
     /// Leaves a mark in the log.
     pub fn mark(&self) {
-        run("dmsetup", &["message", &self.name, "0", "mark", "here"]);
+        run("dmsetup", &["message", &self.name, "0", "mark", HERE]);
     }
 
     /// Ends the device and returns its log.
@@ -109,7 +114,10 @@ fn parse(log: &File) -> Vec<Entry> {
             entries.push(Entry::Flush);
         }
         if flags & MARK != 0 {
-            entries.push(Entry::Mark);
+            // What it says follows the entry's four words in the same sector.
+            let mut said = [0; HERE.len()];
+            log.read_exact_at(&mut said, at - SECTOR + 32).expect("the log goes on");
+            entries.extend((said == HERE.as_bytes()).then_some(Entry::Mark));
         } else if flags & DISCARD != 0 {
             entries.push(Entry::Discard(start, bytes));
         } else if bytes > 0 {
