@@ -88,7 +88,7 @@ fn a_pod_runs_by_its_runtime_handler(release: Release) {
     wait_until("the server", || exec(&other, &["wget", "-qO-", "http://127.0.0.1:8080/index.html"]).stdout == "page");
     assert_eq!(exec(&web, &["cat", "/proc/sys/net/core/somaxconn"]).ok(), "77");
     let failed = exec(&web, &["sh", "-c", "echo said; exit 3"]);
-    assert!(failed.code != 0 && failed.stderr.contains("exit code 3"), "{failed:?}");
+    assert!(failed.code != 0 && failed.stderr.contains("exited with 3"), "{failed:?}");
     // The host reaches it by the address that containerd's CNI gave.
     let address = node.crictl(["inspectp", &pod]).json()["status"]["network"]["ip"].as_str().expect("an IP").to_owned();
     let page = Command::new("curl").args(["-s", &format!("http://{address}:8080/index.html")]).output();
@@ -291,7 +291,7 @@ fn ports_are_forwarded(release: Release) {
 }
 
 /// What a guest sees of its pod, each line a fact.
-const FACTS: &str = "uname -r; hostname; cat /etc/hostname; id; pwd; env | sort; \
+const FACTS: &str = "uname -r; hostname; cat /etc/hostname; id -u; id -g; pwd; env | sort; \
     grep -E '^(Cap|NoNewPrivs|Seccomp:)' /proc/self/status; cat /proc/self/limits; \
     awk '$2 != \"/\" {print $2, $3}' /proc/self/mounts | sort; ls /dev | sort";
 

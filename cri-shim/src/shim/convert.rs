@@ -43,7 +43,7 @@ pub(super) fn pod_spec(bundle: &Bundle, id: &str) -> Result<PodSpec> {
     Ok(PodSpec {
         identity: PodIdentity { name, namespace: note("namespace"), uid: note("uid"), attempt: 0 },
         annotations: annotations.clone(),
-        hostname: hostname.clone(),
+        hostname: if hostname.is_empty() { hosts_name() } else { hostname.clone() },
         sysctls: linux.sysctl.clone(),
         cgroup_parent: cgroup_parent(&linux.cgroups_path),
         resources: asked,
@@ -52,6 +52,11 @@ pub(super) fn pod_spec(bundle: &Bundle, id: &str) -> Result<PodSpec> {
         network: network(&linux.namespaces)?,
         ..PodSpec::default()
     })
+}
+
+/// What a container that names none has with other runtimes, and what containerd writes into its `/etc/hostname`.
+fn hosts_name() -> String {
+    fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned()
 }
 
 /// The group in which the container's would be.
