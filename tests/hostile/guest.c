@@ -101,11 +101,8 @@ struct device { u64 config, registers, doorbells; u16 id, queues; };
 static struct device devices[SLOTS];
 static u32 count;
 
-static u64 bar(u64 config, u32 index)
-{
-	u64 at = config + 0x10 + 4 * index;
-	return (read32(at) & ~15U) | (u64)read32(at + 4) << 32;
-}
+// Each of 32 bits.
+static u64 bar(u64 config, u32 index) { return read32(config + 0x10 + 4 * index) & ~15U; }
 
 static void find(void)
 {
@@ -118,7 +115,7 @@ static void find(void)
 		write16(config + 4, 6);
 		device->config = config;
 		device->registers = bar(config, 0);
-		device->doorbells = bar(config, 2);
+		device->doorbells = bar(config, 1);
 		device->id = read16(config + 2) - 0x1040;
 		u16 queues = read16(device->registers + 0x12);
 		device->queues = queues < QUEUES ? queues : QUEUES;
@@ -328,6 +325,13 @@ static void post_read(u16 head)
 	publish(0, head);
 }
 
+// A whole request for entropy.
+static void post_fill(u16 head)
+{
+	put(0, head, (u64)buffers[1], 64, DESC_WRITE, 0);
+	publish(0, head);
+}
+
 // Requests that keep the rules, to the devices that answer by themselves.
 static void check(void)
 {
@@ -340,12 +344,10 @@ static void check(void)
 			continue;
 		}
 		buffers[2][0] = 0xff;
-		if (device->id == ID_BLOCK) {
+		if (device->id == ID_BLOCK)
 			post_read(0);
-		} else {
-			put(0, 0, (u64)buffers[1], 64, DESC_WRITE, 0);
-			publish(0, 0);
-		}
+		else
+			post_fill(0);
 		kick(device, 0);
 		char seen = outcome(device, 0, PATIENCE);
 		int good = seen == 'u' && (device->id != ID_BLOCK || ((volatile u8 *)buffers[2])[0] == 0);
@@ -370,6 +372,8 @@ static void doorbells_mode(u64 rounds)
 	doorbells(rounds);
 }
 
+// What the device would do, given time. Each has the rings for itself: whoever is still at work when they are filled for the next one
+// breaks, and a device that has broken often enough is not started again.
 static void resets_mode(u64 rounds)
 {
 	for (u64 i = 0; i < rounds; i++)
@@ -378,12 +382,17 @@ static void resets_mode(u64 rounds)
 			if (!begin(device))
 				report(device, 0, "resets", "stuck");
 			for (u16 head = 0; head + 3 <= QUEUE; head += 3)
-				post_read(head);
+				if (device->id == ID_RNG)
+					post_fill(head);
+				else
+					post_read(head);
 			kick(device, 0);
 			if (random() % 2)
 				kick(device, random() % device->queues);
 			if (random() % 2)
-				write8(device->registers + 0x14, 0);
+				outcome(device, 0, random() % 4096);
+			if (!reset(device))
+				report(device, 0, "resets", "stuck");
 		}
 }
 
@@ -437,16 +446,16 @@ static void registers_mode(u64 rounds)
 	}
 }
 
-// Where BARs went, nobody knows: back to where they were, so that devices can be checked.
+// Where BARs went, nobody knows: back to where they were, so that devices can be checked. Only when none lies over another's is what
+// each shows its own.
 static void put_back(void)
 {
 	for (u32 i = 0; i < count; i++) {
 		write32(devices[i].config + 0x10, devices[i].registers);
-		write32(devices[i].config + 0x14, devices[i].registers >> 32);
-		write32(devices[i].config + 0x18, devices[i].doorbells);
-		write32(devices[i].config + 0x1c, devices[i].doorbells >> 32);
-		write16(devices[i].config + 4, 6);
+		write32(devices[i].config + 0x14, devices[i].doorbells);
 	}
+	for (u32 i = 0; i < count; i++)
+		write16(devices[i].config + 4, 6);
 }
 
 static u64 argument(const char *line, const char *name, const char **value)
