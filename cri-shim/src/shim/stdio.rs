@@ -85,9 +85,9 @@ impl Pump {
     }
 }
 
-/// Standard input, also while nobody writes there: its end is told by [`Order::CloseStdin`].
+/// Standard input. It ends when its last writer closes it, or by [`Order::CloseStdin`]; before the first one comes it has no end.
 fn source(path: &str) -> Result<pipe::Receiver> {
-    pipe::OpenOptions::new().read_write(true).open_receiver(path).doing(|| format!("opening {path}"))
+    pipe::OpenOptions::new().open_receiver(path).doing(|| format!("opening {path}"))
 }
 
 /// Where output goes.
@@ -187,7 +187,9 @@ async fn feed(
                 Some(Order::Signal(signal)) => writer.signal(signal).await,
                 None => return,
             },
-            count = read(stdin.as_ref(), &mut chunk) => {
+            count = read(stdin.as_ref(), &mut chunk) => if count == 0 {
+                close(&mut writer, stdin.take(), &mut chunk).await
+            } else {
                 let write = writer.write(chunk.get(..count).unwrap_or_default());
                 tokio::select! {
                     written = write => written,
@@ -212,7 +214,7 @@ async fn close(writer: &mut SessionWriter, stdin: Option<pipe::Receiver>, chunk:
     writer.close_stdin().await
 }
 
-/// Never ends if there is nothing to read from.
+/// How many bytes came, 0 at the end. It never ends if there is nothing to read from.
 async fn read(stdin: Option<&pipe::Receiver>, chunk: &mut [u8]) -> usize {
     let Some(stdin) = stdin else { return std::future::pending().await };
     loop {
@@ -220,9 +222,9 @@ async fn read(stdin: Option<&pipe::Receiver>, chunk: &mut [u8]) -> usize {
             return std::future::pending().await;
         }
         match stdin.try_read(chunk) {
-            Ok(count @ 1..) => return count,
+            Ok(count) => return count,
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
-            _ => return std::future::pending().await,
+            Err(_) => return std::future::pending().await,
         }
     }
 }
