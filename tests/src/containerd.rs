@@ -1,13 +1,12 @@
 //! A node whose container runtime is containerd, Debian's or a newer one, with our shim as one of its runtimes.
 
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::node::{Call, ROOT, run, wait_until};
+use crate::node::{Call, ROOT, crictl_at, run, show_end, wait_until};
 use crate::{Inventory, image};
 
 /// Which containerd.
@@ -202,11 +201,7 @@ impl Containerd {
 
     /// A `crictl` to run, pointed at this node.
     pub fn crictl_command(&self) -> Command {
-        let mut command = Command::new(self.tools.join("crictl"));
-        let endpoint = format!("unix://{}", self.socket().display());
-        command.args(["--config", "/dev/null", "--timeout", "240s", "--runtime-endpoint", &endpoint]);
-        command.args(["--image-endpoint", &endpoint]);
-        command
+        crictl_at(&self.tools.join("crictl"), &self.socket())
     }
 
     /// Runs `crictl`.
@@ -317,12 +312,7 @@ impl Containerd {
 impl Drop for Containerd {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let log = self.log();
-            let tail = log.lines().rev().take(80).collect::<Vec<_>>();
-            let mut stderr = std::io::stderr().lock();
-            for line in tail.iter().rev() {
-                let _ = writeln!(stderr, "containerd: {line}");
-            }
+            show_end("containerd", &self.log(), 80);
         }
         if self.daemon.is_some() {
             let _ = self.crictl(["rmp", "--all", "--force"]);

@@ -279,19 +279,7 @@ impl Node {
 
     /// A `crictl` to run otherwise, pointed at this node.
     pub fn crictl_command(&self) -> Command {
-        let mut command = Command::new(&self.crictl);
-        let endpoint = format!("unix://{}/pericarpd.sock", self.directory.display());
-        command.args([
-            "--config",
-            "/dev/null",
-            "--timeout",
-            "240s",
-            "--runtime-endpoint",
-            &endpoint,
-            "--image-endpoint",
-            &endpoint,
-        ]);
-        command
+        crictl_at(&self.crictl, &self.socket())
     }
 
     /// A pod's configuration file, `more` merged into it.
@@ -390,12 +378,7 @@ impl Node {
 impl Drop for Node {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let log = self.daemon_log();
-            let tail = log.lines().rev().take(60).collect::<Vec<_>>();
-            let mut stderr = std::io::stderr().lock();
-            for line in tail.iter().rev() {
-                let _ = writeln!(stderr, "pericarpd: {line}");
-            }
+            show_end("pericarpd", &self.daemon_log(), 60);
         }
         let _ = self.crictl(["rmp", "--all", "--force"]);
         if let Some(mut daemon) = self.daemon.take() {
@@ -404,6 +387,24 @@ impl Drop for Node {
             }
             let _ = daemon.wait();
         }
+    }
+}
+
+/// A `crictl` that asks whoever listens on a socket, and looks for no configuration.
+pub(crate) fn crictl_at(crictl: &Path, socket: &Path) -> Command {
+    let endpoint = format!("unix://{}", socket.display());
+    let mut command = Command::new(crictl);
+    command.args(["--config", "/dev/null", "--timeout", "240s"]);
+    command.args(["--runtime-endpoint", &endpoint, "--image-endpoint", &endpoint]);
+    command
+}
+
+/// Shows the last lines of a log, each with whose it is, to whoever reads of a failed test.
+pub(crate) fn show_end(whose: &str, log: &str, lines: usize) {
+    let tail = log.lines().rev().take(lines).collect::<Vec<_>>();
+    let mut stderr = std::io::stderr().lock();
+    for line in tail.iter().rev() {
+        let _ = writeln!(stderr, "{whose}: {line}");
     }
 }
 

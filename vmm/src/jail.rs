@@ -29,7 +29,8 @@ pub enum JailError {
     Filter(#[from] seccompiler::Error),
 }
 
-/// Calls allowed whatever their arguments; beside them are those of [`ARGUED`]. The tests see that each is made by some pod.
+/// Calls allowed whatever their arguments; beside them are those of [`ARGUED`]. The tests see that each is made by some pod, but for those
+/// that they name with when it is.
 pub const ALLOWED: [i64; 39] = [
     // Devices: files, taps, sockets, rings.
     libc::SYS_read,

@@ -53,7 +53,7 @@ const CONSOLE_TAIL: usize = 2048;
 pub(super) async fn start(context: Arc<Context>, id: String, spec: PodSpec) -> Result<Owner> {
     let asked_for = moment("asked_for");
     match attempt(&context, id.clone(), spec.clone(), asked_for.clone()).await {
-        Err(Failure::GuestDied { cause, undone: true }) => {
+        Err(Failure::GuestDied(cause)) => {
             tracing::warn!(%cause, "the guest died before its agent spoke: it is started once more");
             attempt(&context, id, spec, asked_for).await.map_err(Failure::into_error)
         }
@@ -80,8 +80,9 @@ async fn attempt(context: &Arc<Context>, id: String, spec: PodSpec, asked_for: M
                 tracing::warn!(error = %left, "a pod that failed is not quite gone");
             }
             Err(match failure {
-                Failure::GuestDied { cause, .. } => Failure::GuestDied { cause, undone },
-                other => other,
+                // There is no room for another try.
+                Failure::GuestDied(cause) if !undone => Failure::Other(not_started(&cause)),
+                failure => failure,
             })
         }
     }
@@ -153,11 +154,7 @@ async fn make(context: &Arc<Context>, mut record: Record) -> Result<Owner, Failu
             let cause = vmm.cause().await;
             let died = cause.is_the_guests();
             let cause = context.ended(cause, &record.cgroup);
-            return Err(if died {
-                Failure::GuestDied { cause, undone: false }
-            } else {
-                Failure::Other(not_started(&cause))
-            });
+            return Err(if died { Failure::GuestDied(cause) } else { Failure::Other(not_started(&cause)) });
         }
         Err(failure) => return Err(failure),
         Ok(both) => both,
@@ -217,12 +214,8 @@ struct Booted {
 enum Failure {
     /// Nobody has asked yet why.
     VmEnded,
-    /// The guest's own doing.
-    GuestDied {
-        cause: String,
-        /// Nothing is left of the pod.
-        undone: bool,
-    },
+    /// The guest's own doing, by this cause.
+    GuestDied(String),
     Other(Error),
 }
 
@@ -230,7 +223,7 @@ impl Failure {
     fn into_error(self) -> Error {
         match self {
             Self::VmEnded => not_started("its VMM has ended"),
-            Self::GuestDied { cause, .. } => not_started(&cause),
+            Self::GuestDied(cause) => not_started(&cause),
             Self::Other(error) => error,
         }
     }
