@@ -88,6 +88,7 @@ test-lab: $(ROOT)
 	tests/lab/images >/dev/null
 	tests/lab/go-tools crictl critest ginkgo >/dev/null
 	cargo test --locked -p pericarp-tests -p pericarp-init --no-run
+	cargo test --locked -p pericarp-tests --test panics
 	cargo build --locked -p cri-shim --features kill-points --bin pericarpd
 	install -Dt target/kill-points target/debug/pericarpd
 	$(MAKE) --no-print-directory --keep-going --jobs 2 lab-conformance lab-a lab-b
