@@ -3,13 +3,21 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use pericarp_tests::{Node, image, wait_until};
 use serde_json::json;
 
 const BYTES: u64 = 16 << 20;
 
-/// A disk of the host's that can be made to fail: a device mapper's over a loop device.
+/// What a slow disk takes for each read.
+const DELAY: Duration = Duration::from_millis(500);
+
+/// Those that read from it at once: as many as a shell has descriptors of one digit for, from 3 on.
+const LAST_READER: u32 = 9;
+const READERS: u32 = LAST_READER - 2;
+
+/// A disk of the host's that can be made to fail or be slow: a device mapper's over a loop device.
 struct Failing {
     device: String,
     name: &'static str,
@@ -27,11 +35,15 @@ impl Failing {
     fn table(&self, target: &str) -> String {
         match target {
             "linear" => format!("0 {} linear {} 0", BYTES / 512, self.device),
+            // Reads take as long, writes no time.
+            "delay" => {
+                format!("0 {} delay {} 0 {} {} 0 0", BYTES / 512, self.device, DELAY.as_millis(), self.device)
+            }
             _ => format!("0 {} error", BYTES / 512),
         }
     }
 
-    /// Whether it fails from now on.
+    /// What it does from now on.
     fn become_one(&self, target: &str) {
         run(&["dmsetup", "suspend", "--noflush", self.name]);
         run(&["dmsetup", "load", self.name, "--table", &self.table(target)]);
@@ -57,18 +69,24 @@ fn run(arguments: &[&str]) -> String {
     String::from_utf8_lossy(&done.stdout).trim().to_owned()
 }
 
+/// A container that has the disk as /dev/data.
+fn with_disk(node: &Node, pod: &str, name: &str, disk: &Failing) -> String {
+    let devices = json!([{"container_path": "/dev/data", "host_path": disk.path(), "permissions": "mrw"}]);
+    let config = node.container_config("c", image::BUSYBOX, &["sleep", "1000"], &json!({"devices": devices}));
+    let pod_config = node.pod_config(name, &json!({}));
+    let path = |path: &PathBuf| path.to_str().expect("a plain path").to_owned();
+    let container = node.crictl(["create", "--no-pull", pod, &path(&config), &path(&pod_config)]).ok();
+    node.crictl(["start", &container]).ok();
+    container
+}
+
 #[test]
 fn a_disk_that_fails_is_an_error_in_the_guest_and_nothing_more() {
     let node = Node::start();
     node.crictl(["pull", image::BUSYBOX]).ok();
     let disk = Failing::new("pericarp-failing", &node.directory().join("failing"));
     let pod = node.run_pod("failing", &json!({}));
-    let devices = json!([{"container_path": "/dev/data", "host_path": disk.path(), "permissions": "mrw"}]);
-    let config = node.container_config("c", image::BUSYBOX, &["sleep", "1000"], &json!({"devices": devices}));
-    let pod_config = node.pod_config("failing", &json!({}));
-    let path = |path: &PathBuf| path.to_str().expect("a plain path").to_owned();
-    let container = node.crictl(["create", "--no-pull", &pod, &path(&config), &path(&pod_config)]).ok();
-    node.crictl(["start", &container]).ok();
+    let container = with_disk(&node, &pod, "failing", &disk);
     let exec = |script: &str| node.crictl(["exec", "--sync", &container, "sh", "-c", script]);
     let write = "dd if=/dev/zero of=/dev/data bs=4096 count=16 conv=fsync 2>&1";
     exec(write).ok();
@@ -79,6 +97,30 @@ fn a_disk_that_fails_is_an_error_in_the_guest_and_nothing_more() {
     exec("echo still > /tmp/here && sync && cat /tmp/here").ok();
     disk.become_one("linear");
     exec(write).ok();
+    node.remove_pod(&pod);
+}
+
+#[test]
+fn a_slow_disk_is_waited_for_by_each_reader_alone() {
+    let node = Node::start();
+    node.crictl(["pull", image::BUSYBOX]).ok();
+    let disk = Failing::new("pericarp-slow", &node.directory().join("slow"));
+    disk.become_one("delay");
+    let pod = node.run_pod("slow", &json!({}));
+    let container = with_disk(&node, &pod, "slow", &disk);
+    // Each reads a place of its own, so that no cache has it. They go there beforehand: lseek(2) waits for those that read.
+    let script = format!(
+        "now() {{ cut -d' ' -f1 /proc/uptime | tr -d .; }}; \
+         for n in $(seq 3 {LAST_READER}); do eval \"exec $n</dev/data\"; dd bs=4096 skip=$((n * 200)) count=0 <&$n 2>/dev/null; done; \
+         begin=$(now); for n in $(seq 3 {LAST_READER}); do dd of=/dev/null bs=4096 count=1 <&$n 2>/dev/null & done; wait; \
+         echo $(($(now) - begin))"
+    );
+    let said = node.crictl(["exec", "--sync", &container, "sh", "-c", &script]).ok();
+    let hundredths: u64 = said.trim().parse().unwrap_or_else(|_| panic!("a number: {said}"));
+    let took = Duration::from_millis(hundredths * 10);
+    println!("{READERS} reads of a disk that takes {DELAY:?} for each: {took:?}");
+    assert!(took >= DELAY, "the disk is slow: {took:?}");
+    assert!(took < DELAY * READERS / 2, "not one after the other: {took:?}");
     node.remove_pod(&pod);
 }
 

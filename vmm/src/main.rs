@@ -19,6 +19,7 @@ use pericarp_vmm::pci::Pci;
 use pericarp_vmm::pci::irq::Irqs;
 use pericarp_vmm::serial::Port;
 use pericarp_vmm::vcpu::{self, Cpus};
+use pericarp_vmm::virtio::blk;
 use pericarp_vmm::{acpi, console, cpu, describe, kvm};
 use thiserror::Error;
 use vmm_control::{Console, EventKind, ShutdownReason, exit};
@@ -95,6 +96,8 @@ fn boot(setup: Setup, events: &mut Events) -> Result<i32, StartError> {
     let vcpus = host.create_vcpus(&vm, &ram.memory, setup.vcpus, loaded.entry)?;
     let stats = vcpus.iter().map(Stats::open).chain([Stats::open(&*vm)]).filter_map(Result::ok).collect();
 
+    let disks: Vec<_> = setup.disks.into_iter().map(|disk| (disk, blk::Ring::new())).collect();
+
     // Everything is open: from here on the guest's input reaches a process that can open nothing.
     let signals = Signals::new()?;
     vcpu::take_kicks()?;
@@ -109,8 +112,8 @@ fn boot(setup: Setup, events: &mut Events) -> Result<i32, StartError> {
     if let Some(listener) = setup.vsock {
         devices.add_vsock(listener)?;
     }
-    for disk in setup.disks {
-        devices.add_disk(disk)?;
+    for (disk, ring) in disks {
+        devices.add_disk(disk, ring)?;
     }
     for (net, tap) in setup.nets {
         devices.add_net(net, tap)?;

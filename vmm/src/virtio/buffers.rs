@@ -177,14 +177,29 @@ impl<'m> Buffers<'m> {
         Ok(sum)
     }
 
-    /// Reads from a file at `position` into `range`: preadv2(2). 0 means end of file.
-    pub fn pread(&mut self, range: Range<usize>, file: &impl AsRawFd, position: u64) -> io::Result<usize> {
+    /// Reads from a file at `position` into `range`: preadv2(2) with `flags`. 0 means end of file.
+    pub fn pread(
+        &mut self,
+        range: Range<usize>,
+        file: &impl AsRawFd,
+        position: u64,
+        flags: c_int,
+    ) -> io::Result<usize> {
         let (fd, position) = (file.as_raw_fd(), file_position(position)?);
         self.vectored(range, |parts, count| {
             // SAFETY: `vectored` gives pieces of mapped guest memory and their number. That the guest may see or
             // change those bytes meanwhile is no matter: only the kernel touches them.
-            unsafe { libc::preadv2(fd, parts, count, position, 0) }
+            unsafe { libc::preadv2(fd, parts, count, position, flags) }
         })
+    }
+
+    /// The pieces that make up `range`, for the kernel to fill; valid until the next call.
+    pub fn window(&mut self, range: Range<usize>) -> &[iovec] {
+        let mut window = std::mem::take(&mut self.window);
+        window.clear();
+        window.extend(self.pieces(range));
+        self.window = window;
+        &self.window
     }
 
     /// Writes `range` to a file at `position`: pwritev2(2).
@@ -353,13 +368,13 @@ mod tests {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(b"0123456789").unwrap();
         let (_, mut buffers) = load(&guest, &[Part::writable(0x10_0000, 3), Part::writable(0x20_0000, 20)]).unwrap();
-        assert_eq!(buffers.pread(1..9, &file, 2).unwrap(), 8);
+        assert_eq!(buffers.pread(1..9, &file, 2, 0).unwrap(), 8);
         assert_eq!(guest.read(0x10_0000, 3), b"\x0023");
         assert_eq!(guest.read(0x20_0000, 7), b"456789\0");
-        assert_eq!(buffers.pread(0..23, &file, 8).unwrap(), 2, "short at the end of the file");
+        assert_eq!(buffers.pread(0..23, &file, 8, 0).unwrap(), 2, "short at the end of the file");
         assert_eq!(buffers.pwrite(0..3, &file, 100).unwrap(), 3);
         assert_eq!(file.seek(SeekFrom::End(0)).unwrap(), 103);
-        assert_eq!(buffers.pread(0..1, &file, u64::MAX).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        assert_eq!(buffers.pread(0..1, &file, u64::MAX, 0).unwrap_err().kind(), io::ErrorKind::InvalidInput);
     }
 
     #[test]

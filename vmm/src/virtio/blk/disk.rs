@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::fd::{AsRawFd, RawFd};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
@@ -70,6 +71,44 @@ struct Mapping {
     read_only: bool,
     /// Written to since the last flush.
     dirty: bool,
+    reads: Reads,
+    is_device: bool,
+}
+
+/// How a file is read while others can be served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reads {
+    /// What the page cache has at once, the rest meanwhile.
+    Hurried,
+    /// All of it meanwhile: a block device that cannot say whether it would have to be waited for.
+    Aside,
+    /// At once: a file system that cannot say so is mostly one in memory.
+    Waited,
+}
+
+/// A request, and how far it has come.
+#[derive(Debug)]
+pub(super) enum Job {
+    /// All of it is done.
+    Done,
+    /// What is still to be read.
+    Read(Span),
+    /// What is still to be made durable.
+    Flush {
+        /// The extent at hand, by its first byte, or a byte behind the last one.
+        at: u64,
+        /// Why some file failed.
+        failure: Option<io::Error>,
+    },
+}
+
+/// What the host is asked to do meanwhile.
+#[derive(Debug)]
+pub(super) enum Operation {
+    /// Filling some bytes of the chain's writable part from a position of a file.
+    Read { file: RawFd, position: u64, data: Range<usize> },
+    /// Making a file durable.
+    Flush { file: RawFd },
 }
 
 /// A disk, its extents by first byte.
@@ -106,8 +145,10 @@ impl Disk {
         {
             return Err(DiskError::Overlap(last.range.start.saturating_div(SECTOR_BYTES)));
         }
-        check_file(&file, extent.read_only)?;
-        self.mappings.insert(range.start, Mapping { range, file, read_only: extent.read_only, dirty: false });
+        let kind = check_file(&file, extent.read_only)?;
+        let (is_device, reads) = (kind == SFlag::S_IFBLK, Reads::Hurried);
+        let mapping = Mapping { range, file, read_only: extent.read_only, dirty: false, reads, is_device };
+        self.mappings.insert(mapping.range.start, mapping);
         Ok(())
     }
 
@@ -117,41 +158,97 @@ impl Disk {
         self.mappings.remove(&start).map(drop).ok_or(DiskError::NotFound(first_sector))
     }
 
-    /// Carries out a request; returns how many bytes of `writable` it filled.
-    pub(super) fn submit(
+    /// Begins a request; what may have to wait for the host's disk is left to [`Disk::advance`].
+    pub(super) fn begin(
         &mut self,
-        request: &Request,
+        request: Request,
         readable: &mut Buffers<'_>,
         writable: &mut Buffers<'_>,
-    ) -> Result<usize, RequestError> {
+    ) -> Result<Job, RequestError> {
         match request {
-            Request::Read(span) => self.read(span, writable),
-            Request::Write(span) => self.write(span, readable).map(|()| 0),
-            Request::Flush => self.flush().map(|()| 0),
-            Request::Discard(ranges) | Request::WriteZeroes(ranges) => self.punch(ranges).map(|()| 0),
-            Request::GetId => {
-                writable.write_at(0, &ID);
-                Ok(ID_BYTES)
-            }
+            Request::Read(span) => return Ok(Job::Read(span)),
+            Request::Flush => return Ok(Job::Flush { at: 0, failure: None }),
+            Request::Write(span) => self.write(&span, readable)?,
+            Request::Discard(ranges) | Request::WriteZeroes(ranges) => self.punch(&ranges)?,
+            Request::GetId => drop(writable.write_at(0, &ID)),
+        }
+        Ok(Job::Done)
+    }
+
+    /// Goes on with a job until it is done. What the host would have to be waited for is returned if it may be `set_aside`; then
+    /// [`Disk::arrived`] takes its outcome.
+    pub(super) fn advance(
+        &mut self,
+        job: &mut Job,
+        writable: &mut Buffers<'_>,
+        set_aside: bool,
+    ) -> Result<Option<Operation>, RequestError> {
+        loop {
+            let result = match job {
+                Job::Done => return Ok(None),
+                Job::Read(span) if span.data.is_empty() => return Ok(None),
+                Job::Read(span) => {
+                    let mapping = self.at_mut(span.start)?;
+                    let position = span.start.saturating_sub(mapping.range.start);
+                    let data = mapping.piece(span.start, &span.data);
+                    match mapping.read(data.clone(), position, writable, set_aside) {
+                        Err(error) if set_aside && error.kind() == io::ErrorKind::WouldBlock => {
+                            return Ok(Some(Operation::Read { file: mapping.file.as_raw_fd(), position, data }));
+                        }
+                        result => result,
+                    }
+                }
+                Job::Flush { at, failure } => {
+                    let Some((start, mapping)) = self.mappings.range_mut(*at..).find(|(_, mapping)| mapping.dirty)
+                    else {
+                        return failure.take().map_or(Ok(None), |error| Err(error.into()));
+                    };
+                    *at = *start;
+                    // What is written meanwhile may not be durable with the rest.
+                    mapping.dirty = false;
+                    if set_aside {
+                        return Ok(Some(Operation::Flush { file: mapping.file.as_raw_fd() }));
+                    }
+                    mapping.file.sync_data().map(|()| 0)
+                }
+            };
+            self.arrived(job, result, writable)?;
         }
     }
 
-    fn read(&self, span: &Span, writable: &mut Buffers<'_>) -> Result<usize, RequestError> {
-        let mut at = span.start;
-        let mut data = span.data.clone();
-        while !data.is_empty() {
-            let mapping = self.at(at)?;
-            let piece = mapping.piece(at, &data);
-            match writable.pread(piece.clone(), &mapping.file, at.saturating_sub(mapping.range.start))? {
-                // The file ends here: the rest of its extent reads as zeros.
-                0 => {
-                    writable.zero(piece.clone());
-                    advance(&mut at, &mut data, piece.len());
+    /// Takes the outcome of an operation: how many bytes were read.
+    pub(super) fn arrived(
+        &mut self,
+        job: &mut Job,
+        result: io::Result<usize>,
+        writable: &mut Buffers<'_>,
+    ) -> Result<(), RequestError> {
+        match job {
+            Job::Done => {}
+            Job::Read(span) => {
+                let count = match result {
+                    // The file ends here: the rest of its extent reads as zeros.
+                    Ok(0) => {
+                        let rest = self.at(span.start)?.piece(span.start, &span.data);
+                        writable.zero(rest.clone());
+                        rest.len()
+                    }
+                    // It is asked again.
+                    Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => 0,
+                    result => result?,
+                };
+                advance(&mut span.start, &mut span.data, count);
+            }
+            Job::Flush { at, failure } => {
+                if let Err(error) = result {
+                    self.at_mut(*at)?.dirty = true;
+                    *failure = Some(error);
                 }
-                count => advance(&mut at, &mut data, count),
+                // The other files are made durable all the same.
+                *at = at.saturating_add(1);
             }
         }
-        Ok(span.data.len())
+        Ok(())
     }
 
     fn write(&mut self, span: &Span, readable: &mut Buffers<'_>) -> Result<(), RequestError> {
@@ -170,18 +267,6 @@ impl Disk {
             }
         }
         Ok(())
-    }
-
-    /// Makes what was written durable, in every file even if one fails.
-    fn flush(&mut self) -> Result<(), RequestError> {
-        let mut outcome = Ok(());
-        for mapping in self.mappings.values_mut().filter(|mapping| mapping.dirty) {
-            match mapping.file.sync_data() {
-                Ok(()) => mapping.dirty = false,
-                Err(error) => outcome = Err(error.into()),
-            }
-        }
-        outcome
     }
 
     /// Makes holes in the files. Every sector of the disk may be a hole, so both kinds of request do the same.
@@ -227,6 +312,28 @@ impl Disk {
 }
 
 impl Mapping {
+    /// Reads from the file; `WouldBlock` says that what may be `set_aside` should be.
+    fn read(
+        &mut self,
+        data: Range<usize>,
+        position: u64,
+        writable: &mut Buffers<'_>,
+        set_aside: bool,
+    ) -> io::Result<usize> {
+        if set_aside && self.reads == Reads::Hurried {
+            match writable.pread(data.clone(), &self.file, position, libc::RWF_NOWAIT) {
+                Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                    self.reads = if self.is_device { Reads::Aside } else { Reads::Waited };
+                }
+                result => return result,
+            }
+        }
+        if set_aside && self.reads == Reads::Aside {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        writable.pread(data, &self.file, position, 0)
+    }
+
     /// As much of `data`, whose first byte belongs at `at`, as this extent holds.
     fn piece(&self, at: u64, data: &Range<usize>) -> Range<usize> {
         let room = usize::try_from(self.range.end.saturating_sub(at)).unwrap_or(usize::MAX);
@@ -269,7 +376,7 @@ fn checked_range(extent: &Extent, capacity: u64) -> Result<Range<u64>, DiskError
     if end > capacity.next_multiple_of(PAGE_BYTES) { Err(DiskError::PastEnd(capacity)) } else { Ok(start..end) }
 }
 
-fn check_file(file: &File, read_only: bool) -> Result<(), DiskError> {
+fn check_file(file: &File, read_only: bool) -> Result<SFlag, DiskError> {
     let kind = SFlag::from_bits_truncate(fstat(file).map_err(io::Error::from)?.st_mode) & SFlag::S_IFMT;
     if kind != SFlag::S_IFREG && kind != SFlag::S_IFBLK {
         return Err(DiskError::NotAFile);
@@ -280,6 +387,6 @@ fn check_file(file: &File, read_only: bool) -> Result<(), DiskError> {
         OFlag::O_RDONLY if !read_only => Err(DiskError::Access("writing")),
         // pwritev(2) on such a file would append, wherever the guest means to write.
         _ if flags.contains(OFlag::O_APPEND) && !read_only => Err(DiskError::Access("writing in place")),
-        _ => Ok(()),
+        _ => Ok(kind),
     }
 }

@@ -1,7 +1,7 @@
 //! Disks: virtio-blk devices (virtio 1.2 §5.2) whose extents are host files.
 //!
-//! A request takes five steps: `run → pop → Request::parse → Disk::submit → complete`. A bad request is answered with
-//! a status byte; a corrupt ring ends the device. Extents come and go through the [`Handle`], with no interrupt to
+//! A request takes five steps: `serve → Request::parse → Disk::begin → Disk::advance → finish`; between the last two it may wait for the
+//! host's disk while others are served. A bad request is answered with a status byte; a corrupt ring ends the device. Extents come and go through the [`Handle`], with no interrupt to
 //! the guest: a disk's capacity is fixed, and sectors that no file is mapped to fail.
 
 #![cfg_attr(
@@ -17,8 +17,10 @@
 )]
 
 mod disk;
+mod flight;
 mod pace;
 mod request;
+mod service;
 #[cfg(test)]
 mod tests;
 
@@ -31,19 +33,18 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
-use virtio_queue::QueueT;
-use vm_memory::GuestMemoryMmap;
 use vmm_control::{Extent, SECTOR_BYTES};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::disk::Disk;
 pub use self::disk::DiskError;
-use self::pace::Pace;
-use self::request::{RANGES, Request, status_offset, status_ok};
-use super::buffers::{Buffers, gather};
+use self::flight::Flights;
+pub use self::flight::Ring;
+use self::request::RANGES;
+use self::service::Service;
 use super::counters::{Counter, Snapshot};
-use super::device::{Active, ActiveQueue, Backend, DeviceConfig, DeviceError, DeviceInfo};
+use super::device::{Active, Backend, DeviceConfig, DeviceError, DeviceInfo};
 use super::inbox::{AskError, Asker, Inbox};
 use super::poller::{Poller, Wait};
 
@@ -59,17 +60,17 @@ const RANGE_SECTORS: u32 = 1 << 21;
 /// Sectors in a page of the host, which is what a hole is made of.
 const PAGE_SECTORS: u32 = 8;
 
-/// Most requests answered before the driver hears of it and stop and questions are looked at again.
-const BATCH: usize = 32;
-
 const STOP: u64 = 0;
 const INBOX: u64 = 1;
 const KICK: u64 = 2;
+const LANDED: u64 = 3;
 
 enum Question {
     Add(Extent, File),
     Remove(u64),
 }
+
+type Questions = Inbox<Question, Result<(), DiskError>>;
 
 /// Why a change of the disk was refused.
 #[derive(Debug, Error)]
@@ -86,6 +87,8 @@ pub enum ChangeError {
 struct Counters {
     requests: Counter,
     errors: Counter,
+    /// Those that others did not have to wait for.
+    set_aside: Counter,
     read_bytes: Counter,
     written_bytes: Counter,
 }
@@ -114,6 +117,7 @@ impl Handle {
         vec![
             ("requests", counters.requests.get()),
             ("errors", counters.errors.get()),
+            ("set_aside", counters.set_aside.get()),
             ("read_bytes", counters.read_bytes.get()),
             ("written_bytes", counters.written_bytes.get()),
         ]
@@ -123,15 +127,17 @@ impl Handle {
 /// The disk's thread.
 pub struct Blk {
     disk: Disk,
-    inbox: Inbox<Question, Result<(), DiskError>>,
+    inbox: Questions,
     counters: Arc<Counters>,
+    ring: Option<Ring>,
 }
 
-/// Makes a disk with its first extents.
+/// Makes a disk with its first extents. Without a `ring` each request is waited for before the next one is looked at.
 pub fn device(
     name: String,
     capacity_bytes: u64,
     extents: Vec<(Extent, File)>,
+    ring: Option<Ring>,
 ) -> Result<(DeviceInfo, Blk, Handle), DiskError> {
     let mut disk = Disk::new(capacity_bytes)?;
     for (extent, file) in extents {
@@ -140,7 +146,7 @@ pub fn device(
     let (asker, inbox) = Inbox::new()?;
     let counters = Arc::<Counters>::default();
     let handle = Handle { asker, counters: Arc::clone(&counters) };
-    Ok((info(name, capacity_bytes), Blk { disk, inbox, counters }, handle))
+    Ok((info(name, capacity_bytes), Blk { disk, inbox, counters, ring }, handle))
 }
 
 fn info(name: String, capacity: u64) -> DeviceInfo {
@@ -188,109 +194,49 @@ impl Backend for Blk {
             for (token, _) in poller.wait(Wait::Block)? {
                 match token {
                     STOP => return Ok(()),
-                    _ => self.answer(),
+                    _ => answer(&self.inbox, &mut self.disk),
                 }
             }
         }
     }
 
     fn run(&mut self, active: &mut Active, stop: &EventFd) -> Result<(), DeviceError> {
-        let memory = &*active.memory;
         let queue = active.queues.first_mut().ok_or(DeviceError::Driver("the disk has no queue"))?;
-        let (mut readable, mut writable) = (Buffers::new(memory), Buffers::new(memory));
-        let mut pace = Pace::new();
-        let mut poller = Poller::new()?;
-        poller.add(stop, EventSet::IN, STOP)?;
-        poller.add(&self.inbox, EventSet::IN, INBOX)?;
-        poller.add(&queue.kick, EventSet::IN, KICK)?;
-        loop {
-            // First of all, for requests may have come before this thread watched for them.
-            let wait = self.serve(queue, memory, &mut readable, &mut writable, &mut pace)?;
-            for (token, _) in poller.wait(wait)? {
-                match token {
-                    STOP => return Ok(()),
-                    INBOX => self.answer(),
-                    _ => drop(queue.kick.read()),
+        let flights = Flights::new(&active.memory, self.ring.take());
+        let mut service = Service::new(&mut self.disk, &self.counters, queue, &active.memory, flights);
+        let result = serve(&mut service, &self.inbox, stop);
+        self.ring = service.into_ring();
+        result
+    }
+}
+
+/// Answers requests and questions until it is to stop.
+fn serve(service: &mut Service<'_, '_>, inbox: &Questions, stop: &EventFd) -> Result<(), DeviceError> {
+    let mut poller = Poller::new()?;
+    poller.add(stop, EventSet::IN, STOP)?;
+    poller.add(inbox, EventSet::IN, INBOX)?;
+    service.watch(&poller, KICK, LANDED)?;
+    loop {
+        // First of all, for requests may have come before this thread watched for them.
+        let wait = service.serve()?;
+        for (token, _) in poller.wait(wait)? {
+            match token {
+                STOP => return service.settle(),
+                INBOX => {
+                    // The files of what is under way stay, and what was added is not half there.
+                    service.settle()?;
+                    answer(inbox, service.disk);
                 }
+                KICK => service.kicked(),
+                _ => {}
             }
         }
     }
 }
 
-impl Blk {
-    fn answer(&mut self) {
-        let disk = &mut self.disk;
-        self.inbox.answer_all(|question| match question {
-            Question::Add(extent, file) => disk.add(&extent, file),
-            Question::Remove(first_sector) => disk.remove(first_sector),
-        });
-    }
-
-    /// Answers a batch of requests; tells whether there are more.
-    fn serve<'m>(
-        &mut self,
-        queue: &mut ActiveQueue,
-        memory: &'m GuestMemoryMmap,
-        readable: &mut Buffers<'m>,
-        writable: &mut Buffers<'m>,
-        pace: &mut Pace,
-    ) -> Result<Wait, DeviceError> {
-        let mut turns = 0..BATCH;
-        let (mut used, mut lingers) = (false, false);
-        let mut wait = Wait::Poll;
-        while wait == Wait::Poll && turns.next().is_some() {
-            let Some(chain) = queue.pop(memory)? else {
-                if pace.lingers() {
-                    lingers = true;
-                    break;
-                }
-                // Looks again after asking for a notification: a request may have slipped in between (§2.7.10).
-                let more = queue.queue.enable_notification(memory)?;
-                wait = if more { Wait::Poll } else { Wait::Block };
-                continue;
-            };
-            let head = chain.head_index();
-            readable.clear();
-            writable.clear();
-            gather(chain, readable, writable)?;
-            let written = self.execute(readable, writable)?;
-            queue.complete(memory, head, written)?;
-            pace.take();
-            used = true;
-        }
-        if used {
-            queue.signal_used(memory)?;
-        }
-        if lingers {
-            Pace::pause();
-        }
-        Ok(wait)
-    }
-
-    /// Carries out the request in a chain and writes its status; returns how many bytes of the chain were written.
-    fn execute(&mut self, readable: &mut Buffers<'_>, writable: &mut Buffers<'_>) -> Result<usize, DeviceError> {
-        let status_at = status_offset(writable)?;
-        let outcome = Request::parse(readable, writable, self.disk.capacity())
-            .and_then(|request| self.disk.submit(&request, readable, writable).inspect(|_| self.count(&request)));
-        self.counters.requests.add(1);
-        let (status, written) = match &outcome {
-            Ok(written) => (status_ok(), *written),
-            Err(error) => {
-                self.counters.errors.add(1);
-                (error.status(), 0)
-            }
-        };
-        writable.write_at(status_at, &[status]);
-        // Only what was written from the first byte on counts (virtio 1.2 §2.7.8.2).
-        Ok(if written == status_at { written.saturating_add(1) } else { written })
-    }
-
-    fn count(&self, request: &Request) {
-        let bytes = |len: usize| u64::try_from(len).unwrap_or(u64::MAX);
-        match request {
-            Request::Read(span) => self.counters.read_bytes.add(bytes(span.data.len())),
-            Request::Write(span) => self.counters.written_bytes.add(bytes(span.data.len())),
-            Request::Flush | Request::Discard(_) | Request::WriteZeroes(_) | Request::GetId => {}
-        }
-    }
+fn answer(inbox: &Questions, disk: &mut Disk) {
+    inbox.answer_all(|question| match question {
+        Question::Add(extent, file) => disk.add(&extent, file),
+        Question::Remove(first_sector) => disk.remove(first_sector),
+    });
 }

@@ -143,6 +143,16 @@ impl Request {
             other => Err(RequestError::Unsupported(other)),
         }
     }
+
+    /// How many bytes of the chain it fills, the status not counted, and how many of it go to the disk.
+    pub(super) fn moves(&self) -> (usize, usize) {
+        match self {
+            Self::Read(span) => (span.data.len(), 0),
+            Self::Write(span) => (0, span.data.len()),
+            Self::GetId => (ID_BYTES, 0),
+            Self::Flush | Self::Discard(_) | Self::WriteZeroes(_) => (0, 0),
+        }
+    }
 }
 
 impl Span {

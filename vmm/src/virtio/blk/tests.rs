@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::MetadataExt;
 
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use proptest::prelude::*;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
@@ -45,7 +46,7 @@ fn content(file: &File, start: u64, len: usize) -> Vec<u8> {
 }
 
 fn pod_disk(extents: Vec<(Extent, File)>) -> Result<(DeviceInfo, Blk, Handle), DiskError> {
-    device("disk0".into(), POD_DISK_BYTES, extents)
+    device("disk0".into(), POD_DISK_BYTES, extents, Some(Ring::new().expect("this host's kernel has io_uring")))
 }
 
 struct Rig {
@@ -116,7 +117,45 @@ fn a_read_returns_what_the_file_holds() {
     let (_, len) = rig.request(VIRTIO_BLK_T_IN, 2048, &[Part::writable(DATA, 512), Part::writable(DATA, 1024)]);
     assert_eq!(len, 512 + 1024 + 1);
     let counters = rig.handle.counters();
-    assert_eq!(counters[..3], [("requests", 2), ("errors", 0), ("read_bytes", 0x2400 + 1536)]);
+    assert_eq!(counters[..4], [("requests", 2), ("errors", 0), ("set_aside", 0), ("read_bytes", 0x2400 + 1536)]);
+    rig.running.stop();
+}
+
+#[test]
+fn what_the_host_must_be_waited_for_is_set_aside() {
+    let (left, right) = (file(64 << 10), file(64 << 10));
+    let extents =
+        vec![(extent(0, 128, false), left.try_clone().unwrap()), (extent(128, 256, false), right.try_clone().unwrap())];
+    let mut rig = Rig::new(extents);
+    assert_eq!(rig.write(126, &[7; 2048]), OK);
+    assert_eq!(rig.request(VIRTIO_BLK_T_FLUSH, 0, &[]), (OK, 1));
+    assert_eq!(rig.handle.counters()[2], ("set_aside", 2), "one flush of each file");
+    assert_eq!(rig.request(VIRTIO_BLK_T_FLUSH, 0, &[]), (OK, 1));
+    assert_eq!(rig.handle.counters()[2], ("set_aside", 2), "there is nothing to make durable");
+    for file in [&left, &right] {
+        posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+    }
+    // From the first file into the second one, and beyond the end of that.
+    let (status, bytes) = rig.read(0, 320 * 512);
+    assert_eq!(status, OK);
+    assert_eq!(bytes, [content(&left, 0, 64 << 10), content(&right, 0, 64 << 10), vec![0; 32 << 10]].concat());
+    rig.running.stop();
+}
+
+#[test]
+fn a_disk_without_a_ring_waits_for_the_host() {
+    let scratch = file(64 << 10);
+    let extents = vec![(extent(0, 256, false), scratch.try_clone().unwrap())];
+    let (info, backend, handle) = device("disk0".into(), POD_DISK_BYTES, extents, None).unwrap();
+    let guest = Guest::new();
+    let (driver, active) = guest.queue(info.queue_sizes[0]);
+    let running = Running::start(backend, &guest, info.features, vec![active]);
+    let mut rig = Rig { guest, driver, running, handle };
+    assert_eq!(rig.write(5, &[0xee; 0x1400]), OK);
+    assert_eq!(rig.request(VIRTIO_BLK_T_FLUSH, 0, &[]), (OK, 1));
+    posix_fadvise(&scratch, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+    assert_eq!(rig.read(0, 0x8000), (OK, content(&scratch, 0, 0x8000)));
+    assert_eq!(rig.handle.counters()[2], ("set_aside", 0));
     rig.running.stop();
 }
 
@@ -369,7 +408,8 @@ fn bad_extents_are_refused_with_a_reason() {
 
 #[test]
 fn a_small_disk_ends_where_it_says() {
-    let (info, backend, handle) = device("disk1".into(), 9 * 512, vec![(extent(0, 16, true), file(8192))]).unwrap();
+    let (info, backend, handle) =
+        device("disk1".into(), 9 * 512, vec![(extent(0, 16, true), file(8192))], None).unwrap();
     assert_eq!(info.config.bytes()[..8], 9_u64.to_le_bytes());
     let guest = Guest::new();
     let (driver, active) = guest.queue(8);
@@ -378,8 +418,8 @@ fn a_small_disk_ends_where_it_says() {
     assert_eq!(rig.read(8, 512).0, OK);
     assert_eq!(rig.read(8, 1024).0, IOERR);
     rig.running.stop();
-    assert!(matches!(device("disk1".into(), 100, vec![]), Err(DiskError::Capacity(100))));
-    let past = device("disk1".into(), 9 * 512, vec![(extent(0, 24, true), file(8192))]);
+    assert!(matches!(device("disk1".into(), 100, vec![], None), Err(DiskError::Capacity(100))));
+    let past = device("disk1".into(), 9 * 512, vec![(extent(0, 24, true), file(8192))], None);
     assert!(matches!(past, Err(DiskError::PastEnd(4608))));
 }
 
