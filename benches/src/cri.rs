@@ -27,7 +27,7 @@ const IMAGE: &str = "registry.k8s.io/e2e-test-images/busybox:1.29-2";
 const COMMAND: [&str; 2] = ["sleep", "3600"];
 
 /// Pods that are started at once, and how often that is measured.
-const AT_ONCE: [usize; 2] = [1, 10];
+const AT_ONCE: [usize; 3] = [1, 10, 50];
 const RATE_RUNS: usize = 3;
 
 /// Longest start of the daemon.
@@ -91,7 +91,8 @@ async fn rate(calls: &RuntimeServiceClient<Channel>, logs: &Path, count: usize) 
     failed.map_or(Ok(count as f64 / elapsed), |error| Err(error).context("RunPodSandbox"))
 }
 
-async fn remove(calls: &mut RuntimeServiceClient<Channel>, pod: String) -> Result<()> {
+/// Stops and removes a pod.
+pub(crate) async fn remove(calls: &mut RuntimeServiceClient<Channel>, pod: String) -> Result<()> {
     calls.stop_pod_sandbox(StopPodSandboxRequest { pod_sandbox_id: pod.clone() }).await.context("StopPodSandbox")?;
     calls.remove_pod_sandbox(RemovePodSandboxRequest { pod_sandbox_id: pod }).await.context("RemovePodSandbox")?;
     Ok(())
@@ -150,7 +151,8 @@ impl Laps {
     }
 }
 
-fn pod_config(logs: &Path, number: usize) -> PodSandboxConfig {
+/// A pod of its own name, without anything special.
+pub(crate) fn pod_config(logs: &Path, number: usize) -> PodSandboxConfig {
     let metadata = PodSandboxMetadata {
         name: format!("bench-{number}"),
         namespace: "default".into(),
@@ -185,13 +187,15 @@ async fn pull(channel: &Channel, registry: i32) -> Result<()> {
 }
 
 /// A daemon of our own. Dropping it kills it.
-struct Daemon {
+pub(crate) struct Daemon {
     process: Child,
-    directory: PathBuf,
+    /// Where all that it writes is.
+    pub(crate) directory: PathBuf,
 }
 
 impl Daemon {
-    fn start(place: &Place) -> Result<Self> {
+    /// Starts it.
+    pub(crate) fn start(place: &Place) -> Result<Self> {
         let directory = place.work.join("daemon");
         let networks = directory.join("networks");
         fs::create_dir_all(&networks)?;
@@ -214,7 +218,8 @@ impl Daemon {
         Ok(Self { process, directory })
     }
 
-    async fn connect(&self) -> Result<Channel> {
+    /// Waits until it answers.
+    pub(crate) async fn connect(&self) -> Result<Channel> {
         let since = Instant::now();
         let endpoint = Endpoint::try_from(format!("unix://{}/pericarpd.sock", self.directory.display()))?;
         loop {
@@ -231,13 +236,14 @@ impl Daemon {
     }
 
     /// Of the daemon and its spawner.
-    fn pss_kib(&self) -> Result<f64> {
+    pub(crate) fn pss_kib(&self) -> Result<f64> {
         let daemon = self.process.id();
         let spawner = kvm::children(daemon)?.first().copied().context("the daemon has no spawner")?;
         Ok(smaps::pss_kib(daemon)? + smaps::pss_kib(spawner)?)
     }
 
-    fn end(mut self) -> Result<()> {
+    /// Ends it in peace.
+    pub(crate) fn end(mut self) -> Result<()> {
         kill(Pid::from_raw(i32::try_from(self.process.id())?), Signal::SIGTERM)?;
         let status = self.process.wait()?;
         ensure!(status.success(), "pericarpd: {status}");

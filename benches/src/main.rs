@@ -9,6 +9,8 @@ mod cri;
 mod exits;
 mod io;
 mod kvm;
+mod many;
+mod markdown;
 mod minimal;
 mod phases;
 mod plain;
@@ -80,6 +82,8 @@ enum Part {
     Cri,
     /// Pods a second.
     Rate,
+    /// Two hundred pods, one after the other.
+    Many,
     /// Operations of disk, network and vsock.
     Io,
 }
@@ -102,15 +106,15 @@ fn main() -> Result<()> {
     let spawners = (Spawner::fork()?, Spawner::fork()?, [Spawner::fork()?, Spawner::fork()?]);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let mut report = Report::default();
-    let all = [Part::Plain, Part::Boot, Part::Large, Part::Exits, Part::Cri, Part::Rate, Part::Io];
+    let all = [Part::Plain, Part::Boot, Part::Large, Part::Exits, Part::Cri, Part::Rate, Part::Many, Part::Io];
     let parts = if parts.is_empty() { all.to_vec() } else { parts };
-    let tables = runtime.block_on(measure(&place, &parts, spawners, &mut report))?;
+    fs::create_dir_all(&out)?;
+    let tables = runtime.block_on(measure(&place, &parts, spawners, &out, &mut report))?;
     report.print();
     print!("{tables}");
     let timeline = timeline::text(&report);
     print!("{timeline}");
-    fs::create_dir_all(&out)?;
-    fs::write(out.join("io.md"), tables)?;
+    fs::write(out.join("report.md"), markdown::text(&report, &tables))?;
     fs::write(out.join("timeline.txt"), timeline)?;
     timeline::draw(&report, &out.join("timeline.svg"))?;
     if let Some(baseline) = baseline {
@@ -135,6 +139,7 @@ async fn measure(
     place: &Place,
     parts: &[Part],
     spawners: (Spawner, Spawner, [Spawner; 2]),
+    out: &Path,
     report: &mut Report,
 ) -> Result<String> {
     let mut tables = String::new();
@@ -157,6 +162,7 @@ async fn measure(
             Part::Exits => exits::measure(place, &minimal, &pods, report).await?,
             Part::Cri => cri::measure(place, report).await?,
             Part::Rate => cri::measure_rate(place, report).await?,
+            Part::Many => many::measure(place, report, &out.join("pods.svg")).await?,
             Part::Io => tables += &io::measure(place, report).await?,
         }
     }
