@@ -11,7 +11,7 @@ STATIC_BIN := target/$(TARGET)/release
 ROOT := target/root
 LAB := tests/lab/lab
 
-.PHONY: demo test test-all test-host test-lab test-containerd test-kubernetes lab-containerd-debian lab-containerd-new lab-conformance lab-a lab-b fuzz-smoke conformance bench build install lint setup programs static-programs kernel initrd clean
+.PHONY: demo test test-all test-host test-lab test-containerd test-kubernetes lab-containerd-debian lab-containerd-new lab-conformance lab-a lab-b lab-boot fuzz-smoke conformance bench build install lint setup programs static-programs kernel initrd clean
 
 ## What is built
 
@@ -91,7 +91,7 @@ test-lab: $(ROOT)
 	cargo test --locked -p pericarp-tests --test panics
 	cargo build --locked -p cri-shim --features kill-points --bin pericarpd
 	install -Dt target/kill-points target/debug/pericarpd
-	$(MAKE) --no-print-directory --keep-going --jobs 2 lab-conformance lab-a lab-b
+	$(MAKE) --no-print-directory --keep-going --jobs 2 lab-conformance lab-a lab-b lab-boot
 
 lab-conformance:
 	tests/conformance/run
@@ -104,6 +104,10 @@ lab-b:
 	$(call in_lab,pericarp-tests,$(LAB_TESTS_B))
 	$(call in_lab,pericarp-init,containers sessions)
 	$(IN_GUEST) $(call in_lab,pericarp-init,containers sessions)
+
+# What a boot costs, and that it costs no more than it did.
+lab-boot:
+	benches/run boot
 
 # containerd with our shim, Debian's release and a newer one, side by side.
 test-containerd: $(ROOT)

@@ -11,6 +11,7 @@ use std::sync::atomic::Ordering;
 
 use vmm_sys_util::ioctl::{_IOC_NONE, ioctl, ioctl_expr};
 
+use crate::complain;
 use crate::vcpu::Exits;
 
 const KVM_GET_STATS_FD: u32 = 0xce;
@@ -105,7 +106,7 @@ impl Counters {
         let mut sum = BTreeMap::new();
         for stats in &self.stats {
             if let Err(error) = stats.read(|name, value| add(&mut sum, name, value)) {
-                eprintln!("pericarp-vmm: {error}");
+                complain(error);
             }
         }
         for exits in &self.exits {

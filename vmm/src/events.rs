@@ -5,6 +5,7 @@ use std::io::{self, Write};
 
 use vmm_control::{Event, EventKind};
 
+use crate::complain;
 use crate::notes::now;
 
 /// Most events kept for subscribers that come late.
@@ -32,7 +33,7 @@ impl Events {
     pub fn record_at(&mut self, at_ns: u64, exits: Option<u64>, kind: EventKind) -> &Event {
         let event = Event { at_ns, exits, kind };
         if let Err(error) = self.append(&event) {
-            eprintln!("pericarp-vmm: cannot write an event: {error}");
+            complain(format_args!("cannot write an event: {error}"));
         }
         if self.past.len() == KEPT {
             self.past.remove(0);

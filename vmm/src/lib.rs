@@ -1,5 +1,9 @@
 //! The virtual machine monitor of one pod. `main.rs` tells the story of a boot; the modules are its chapters, in
 //! this order.
+#![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]
+
+use std::fmt::Display;
+use std::io::{self, Write};
 
 pub mod config;
 pub mod events;
@@ -24,6 +28,11 @@ pub mod control;
 pub mod counters;
 pub mod machine;
 pub mod room;
+
+/// Writes a line to the log. On a full disk it is lost, where `eprintln!` would panic and take the guest with it.
+pub fn complain(text: impl Display) {
+    let _ = writeln!(io::stderr(), "pericarp-vmm: {text}");
+}
 
 /// An error and all its causes in one line.
 pub fn describe(error: &dyn std::error::Error) -> String {

@@ -1,4 +1,5 @@
 //! `pericarp-vmm`: one virtual machine, from a configuration on standard input to an exit code that says how it ended.
+#![deny(clippy::print_stderr, clippy::print_stdout)]
 
 use std::fs::File;
 use std::io;
@@ -20,7 +21,7 @@ use pericarp_vmm::pci::irq::Irqs;
 use pericarp_vmm::serial::Port;
 use pericarp_vmm::vcpu::{self, Cpus};
 use pericarp_vmm::virtio::blk;
-use pericarp_vmm::{acpi, console, cpu, describe, kvm};
+use pericarp_vmm::{acpi, complain, console, cpu, describe, kvm};
 use thiserror::Error;
 use vmm_control::{Console, EventKind, ShutdownReason, exit};
 
@@ -58,7 +59,7 @@ impl StartError {
 fn main() {
     let started = notes::now();
     let code = run(started).unwrap_or_else(|error| {
-        eprintln!("pericarp-vmm: {}", describe(&error));
+        complain(describe(&error));
         error.exit_code()
     });
     std::process::exit(code);

@@ -4,6 +4,7 @@
 //! namespace of its own into which the pod's volumes are mounted. Whether a volume can be written is its mount's doing.
 //! The guest is not trusted: every name is one component, every way to a file is taken beneath the directory it
 //! starts from, and no symbolic link is ever followed here.
+#![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]
 
 mod abi;
 mod attributes;
@@ -25,7 +26,7 @@ mod signal;
 mod tests;
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -68,8 +69,13 @@ fn main() -> ExitCode {
         text = format!("{text}: {next}");
         cause = next.source();
     }
-    eprintln!("pericarp-fs: {text}");
+    complain(&text);
     ExitCode::FAILURE
+}
+
+/// Writes a line to the log. On a full disk it is lost, where `eprintln!` would panic.
+fn complain(text: &str) {
+    let _ = writeln!(io::stderr(), "pericarp-fs: {text}");
 }
 
 /// Serves until the VMM closes its end.
@@ -88,7 +94,7 @@ fn run() -> Result<(), StartError> {
     start("sweeper", move || {
         signal::each(|| {
             if let Err(error) = sweeper.drop_unmounted() {
-                eprintln!("pericarp-fs: cannot let go of volumes: {error}");
+                complain(&format!("cannot let go of volumes: {error}"));
             }
         });
     })?;

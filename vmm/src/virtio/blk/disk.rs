@@ -69,8 +69,9 @@ struct Mapping {
     range: Range<u64>,
     file: File,
     read_only: bool,
-    /// Written to since the last flush.
-    dirty: bool,
+    /// How often it was changed, and how many of those changes are durable. A flush that is under way makes none durable yet.
+    changes: u64,
+    durable: u64,
     reads: Reads,
     is_device: bool,
 }
@@ -82,7 +83,7 @@ enum Reads {
     Hurried,
     /// All of it meanwhile: a block device that cannot say whether it would have to be waited for.
     Aside,
-    /// At once: a file system that cannot say so is mostly one in memory.
+    /// At once: a file system that cannot say so is mostly one in memory, where a flush is nothing, either.
     Waited,
 }
 
@@ -97,6 +98,8 @@ pub(super) enum Job {
     Flush {
         /// The extent at hand, by its first byte, or a byte behind the last one.
         at: u64,
+        /// The changes of its file that will be durable.
+        changes: u64,
         /// Why some file failed.
         failure: Option<io::Error>,
     },
@@ -147,7 +150,7 @@ impl Disk {
         }
         let kind = check_file(&file, extent.read_only)?;
         let (is_device, reads) = (kind == SFlag::S_IFBLK, Reads::Hurried);
-        let mapping = Mapping { range, file, read_only: extent.read_only, dirty: false, reads, is_device };
+        let mapping = Mapping { range, file, read_only: extent.read_only, changes: 0, durable: 0, reads, is_device };
         self.mappings.insert(mapping.range.start, mapping);
         Ok(())
     }
@@ -167,7 +170,7 @@ impl Disk {
     ) -> Result<Job, RequestError> {
         match request {
             Request::Read(span) => return Ok(Job::Read(span)),
-            Request::Flush => return Ok(Job::Flush { at: 0, failure: None }),
+            Request::Flush => return Ok(Job::Flush { at: 0, changes: 0, failure: None }),
             Request::Write(span) => self.write(&span, readable)?,
             Request::Discard(ranges) | Request::WriteZeroes(ranges) => self.punch(&ranges)?,
             Request::GetId => drop(writable.write_at(0, &ID)),
@@ -198,15 +201,13 @@ impl Disk {
                         result => result,
                     }
                 }
-                Job::Flush { at, failure } => {
-                    let Some((start, mapping)) = self.mappings.range_mut(*at..).find(|(_, mapping)| mapping.dirty)
-                    else {
+                Job::Flush { at, changes, failure } => {
+                    let mut rest = self.mappings.range(*at..);
+                    let Some((start, mapping)) = rest.find(|(_, mapping)| mapping.changes != mapping.durable) else {
                         return failure.take().map_or(Ok(None), |error| Err(error.into()));
                     };
-                    *at = *start;
-                    // What is written meanwhile may not be durable with the rest.
-                    mapping.dirty = false;
-                    if set_aside {
+                    (*at, *changes) = (*start, mapping.changes);
+                    if set_aside && mapping.reads != Reads::Waited {
                         return Ok(Some(Operation::Flush { file: mapping.file.as_raw_fd() }));
                     }
                     mapping.file.sync_data().map(|()| 0)
@@ -239,10 +240,13 @@ impl Disk {
                 };
                 advance(&mut span.start, &mut span.data, count);
             }
-            Job::Flush { at, failure } => {
-                if let Err(error) = result {
-                    self.at_mut(*at)?.dirty = true;
-                    *failure = Some(error);
+            Job::Flush { at, changes, failure } => {
+                match result {
+                    Ok(_) => {
+                        let mapping = self.at_mut(*at)?;
+                        mapping.durable = mapping.durable.max(*changes);
+                    }
+                    Err(error) => *failure = Some(error),
                 }
                 // The other files are made durable all the same.
                 *at = at.saturating_add(1);
@@ -260,7 +264,7 @@ impl Disk {
         while !data.is_empty() {
             let mapping = self.at_mut(at)?;
             let piece = mapping.piece(at, &data);
-            mapping.dirty = true;
+            mapping.changes = mapping.changes.saturating_add(1);
             match readable.pwrite(piece, &mapping.file, at.saturating_sub(mapping.range.start))? {
                 0 => return Err(io::Error::from(io::ErrorKind::WriteZero).into()),
                 count => advance(&mut at, &mut data, count),
@@ -279,7 +283,7 @@ impl Disk {
             while at < range.end {
                 let mapping = self.at_mut(at)?;
                 let end = mapping.range.end.min(range.end);
-                mapping.dirty = true;
+                mapping.changes = mapping.changes.saturating_add(1);
                 mapping.punch(at..end)?;
                 at = end;
             }

@@ -13,7 +13,9 @@ use virtio_bindings::virtio_blk::{
 
 use vmm_control::POD_DISK_BYTES;
 
+use super::request::Request;
 use super::*;
+use crate::virtio::buffers::{Buffers, gather};
 use crate::virtio::testing::{DriverQueue, Guest, Idling, Part, Running, SEAM};
 
 const HEADER: u64 = 0x10_0000;
@@ -140,6 +142,27 @@ fn what_the_host_must_be_waited_for_is_set_aside() {
     assert_eq!(status, OK);
     assert_eq!(bytes, [content(&left, 0, 64 << 10), content(&right, 0, 64 << 10), vec![0; 32 << 10]].concat());
     rig.running.stop();
+}
+
+#[test]
+fn a_flush_does_not_count_on_one_that_is_under_way() {
+    let mut disk = Disk::new(4096).unwrap();
+    disk.add(&extent(0, 8, false), file(4096)).unwrap();
+    let guest = Guest::new();
+    let (mut driver, mut active) = guest.queue(8);
+    guest.write(HEADER, &[&VIRTIO_BLK_T_OUT.to_le_bytes()[..], &[0; 12]].concat());
+    driver.post(&[Part::readable(HEADER, 16), Part::readable(DATA, 512), Part::writable(STATUS, 1)]);
+    let (mut readable, mut writable) = (Buffers::new(&guest.memory), Buffers::new(&guest.memory));
+    gather(active.pop(&guest.memory).unwrap().unwrap(), &mut readable, &mut writable).unwrap();
+    let write = Request::parse(&readable, &writable, disk.capacity()).unwrap();
+    disk.begin(write, &mut readable, &mut writable).unwrap();
+    let mut flush = || disk.begin(Request::Flush, &mut readable, &mut writable).unwrap();
+    let (mut first, mut second, mut third) = (flush(), flush(), flush());
+    assert!(disk.advance(&mut first, &mut writable, true).unwrap().is_some());
+    assert!(disk.advance(&mut second, &mut writable, true).unwrap().is_some(), "the first one may still fail");
+    disk.arrived(&mut first, Ok(0), &mut writable).unwrap();
+    assert!(disk.advance(&mut first, &mut writable, true).unwrap().is_none());
+    assert!(disk.advance(&mut third, &mut writable, true).unwrap().is_none(), "all is durable");
 }
 
 #[test]

@@ -35,6 +35,7 @@ use vmm_sys_util::eventfd::EventFd;
 use self::relay::Relay;
 use super::counters::{Counter, Snapshot};
 use super::device::{Active, Backend, DeviceConfig, DeviceError, DeviceInfo};
+use crate::complain;
 
 /// Longest tag in bytes (virtio 1.2 §5.11.4).
 const TAG_BYTES: usize = 36;
@@ -131,7 +132,7 @@ impl Fs {
     /// Stops speaking to the server.
     fn hang_up(&mut self, why: &str) {
         if let Some(server) = self.server.take() {
-            eprintln!("pericarp-vmm: shared directories are gone, descriptor {}: {why}", server.as_raw_fd());
+            complain(format_args!("shared directories are gone, descriptor {}: {why}", server.as_raw_fd()));
         }
     }
 }
