@@ -43,8 +43,11 @@ pub(super) fn configure(record: &Record, attachment: &Attachment, realtime_ns: u
 const OF_OWN_NETWORK: [(&str, &str); 2] =
     [("net.ipv4.ip_unprivileged_port_start", "0"), ("net.ipv4.ping_group_range", "0 2147483647")];
 
+/// As a kubelet sets it on its node: programs ask for more memory than they use, and its limits are the cgroups'.
+const OVERCOMMIT: (&str, &str) = ("vm.overcommit_memory", "1");
+
 fn sysctls(spec: &PodSpec) -> HashMap<String, String> {
-    let defaults = OF_OWN_NETWORK.into_iter().filter(|_| spec.users.is_some());
+    let defaults = OF_OWN_NETWORK.into_iter().filter(|_| spec.users.is_some()).chain([OVERCOMMIT]);
     let defaults = defaults.map(|(name, value)| (name.to_owned(), value.to_owned()));
     defaults.chain(spec.sysctls.clone()).collect()
 }
@@ -349,9 +352,10 @@ mod tests {
     fn a_user_namespace_keeps_its_network_usable() {
         let named = ("net.ipv4.ping_group_range".to_owned(), "1 0".to_owned());
         let plain = PodSpec { sysctls: [named.clone()].into(), ..PodSpec::default() };
-        assert_eq!(sysctls(&plain), [named.clone()].into());
+        let overcommit = (OVERCOMMIT.0.to_owned(), OVERCOMMIT.1.to_owned());
+        assert_eq!(sysctls(&plain), [named.clone(), overcommit].into());
         let own = sysctls(&PodSpec { users: Some(UserMappings::default()), ..plain });
-        assert_eq!((own.len(), own.get(&named.0)), (2, Some(&named.1)), "what the pod names holds");
+        assert_eq!((own.len(), own.get(&named.0)), (3, Some(&named.1)), "what the pod names holds");
     }
 
     #[test]
