@@ -128,24 +128,24 @@ impl Devices {
 
     /// Plugs in a network interface.
     pub fn add_net(&mut self, net: Net, tap: OwnedFd) -> Result<(), DeviceSetupError> {
-        let (info, backend, handle) = net::device(format!("net{}", self.nets), tap.into(), net.mac)?;
+        let (info, backend, counters) = net::device(format!("net{}", self.nets), tap.into(), net.mac)?;
         self.nets += 1;
-        self.plug(info, Box::new(backend), Box::new(move || handle.counters())).map(drop)
+        self.plug(info, Box::new(backend), Box::new(move || counters.snapshot())).map(drop)
     }
 
     /// Plugs in a shared directory.
     pub fn add_fs(&mut self, tag: &str, server: OwnedFd) -> Result<(), DeviceSetupError> {
-        let (info, backend, handle) = fs::device(format!("fs{}", self.shares), tag, server)?;
+        let (info, backend, counters) = fs::device(format!("fs{}", self.shares), tag, server)?;
         self.shares += 1;
-        self.plug(info, Box::new(backend), Box::new(move || handle.counters())).map(drop)
+        self.plug(info, Box::new(backend), Box::new(move || counters.snapshot())).map(drop)
     }
 
     /// Asks the guest to have so much memory beyond what it booted with; the devices for that are plugged in with the
     /// first call.
     fn set_memory(&mut self, mib: u32) -> Result<(), DeviceSetupError> {
         if !self.balloon {
-            let (info, backend, handle) = balloon::device();
-            self.plug(info, Box::new(backend), Box::new(move || handle.counters()))?;
+            let (info, backend, counters) = balloon::device();
+            self.plug(info, Box::new(backend), Box::new(move || counters.snapshot()))?;
             self.balloon = true;
         }
         if self.mem.is_none() && self.ram.room.1 > 0 {
@@ -179,8 +179,8 @@ impl Devices {
 
     /// Plugs in the entropy device.
     pub fn add_rng(&mut self) -> Result<(), DeviceSetupError> {
-        let (info, backend, handle) = rng::device();
-        self.plug(info, Box::new(backend), Box::new(move || handle.counters())).map(drop)
+        let (info, backend, counters) = rng::device();
+        self.plug(info, Box::new(backend), Box::new(move || counters.snapshot())).map(drop)
     }
 
     fn plug(&mut self, info: DeviceInfo, backend: Box<dyn Backend>, meter: Meter) -> Result<usize, DeviceSetupError> {

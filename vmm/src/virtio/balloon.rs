@@ -26,7 +26,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::buffers::{Buffers, gather};
-use super::counters::{Counter, Snapshot};
+use super::counters::counters;
 use super::device::{Active, ActiveQueue, Backend, DeviceConfig, DeviceError, DeviceInfo};
 use super::poller::{Poller, Wait};
 
@@ -53,23 +53,9 @@ const BATCH: usize = 16;
 const STOP: u64 = 0;
 const FIRST_KICK: u64 = 1;
 
-#[derive(Debug, Default)]
-struct Counters {
-    reports: Counter,
-    bytes: Counter,
-}
-
-/// Reads the device's counters from other threads.
-#[derive(Clone)]
-pub struct Handle {
-    counters: Arc<Counters>,
-}
-
-impl Handle {
-    /// What the device has done so far.
-    pub fn counters(&self) -> Snapshot {
-        vec![("reports", self.counters.reports.get()), ("returned_bytes", self.counters.bytes.get())]
-    }
+counters! {
+    reports,
+    returned_bytes,
 }
 
 /// The device's thread.
@@ -78,7 +64,7 @@ pub struct Balloon {
 }
 
 /// Makes the device.
-pub fn device() -> (DeviceInfo, Balloon, Handle) {
+pub fn device() -> (DeviceInfo, Balloon, Arc<Counters>) {
     let counters = Arc::<Counters>::default();
     let info = DeviceInfo {
         name: "balloon".into(),
@@ -89,7 +75,7 @@ pub fn device() -> (DeviceInfo, Balloon, Handle) {
         queue_sizes: vec![QUEUE_SIZE; QUEUES],
         config: DeviceConfig::Fixed(vec![0; CONFIG_BYTES]),
     };
-    (info, Balloon { counters: Arc::clone(&counters) }, Handle { counters })
+    (info, Balloon { counters: Arc::clone(&counters) }, counters)
 }
 
 impl Backend for Balloon {
@@ -138,7 +124,7 @@ impl Balloon {
             if reporting {
                 let bytes = writable.discard()?;
                 self.counters.reports.add(1);
-                self.counters.bytes.add(u64::try_from(bytes).unwrap_or(u64::MAX));
+                self.counters.returned_bytes.add(u64::try_from(bytes).unwrap_or(u64::MAX));
             }
             queue.complete(memory, head, 0)?;
             used = true;
@@ -159,7 +145,7 @@ mod tests {
     const DATA: u64 = 0x20_0000;
 
     /// A driver that uses inflate, deflate and the queue numbered `reporting`.
-    fn rig(reporting: usize) -> (Guest, Vec<DriverQueue>, Running<Balloon>, Handle) {
+    fn rig(reporting: usize) -> (Guest, Vec<DriverQueue>, Running<Balloon>, Arc<Counters>) {
         let (info, backend, handle) = device();
         let guest = Guest::new();
         let (mut drivers, mut queues) = (Vec::new(), Vec::new());
@@ -184,7 +170,7 @@ mod tests {
             assert_eq!(guest.read(DATA, 8192), [0; 8192]);
             assert_eq!(guest.read(DATA - 4096, 4096), [7; 4096]);
             assert_eq!(guest.read(DATA + 8192, 4096), [7; 4096]);
-            assert_eq!(handle.counters(), [("reports", 1), ("returned_bytes", 8192)]);
+            assert_eq!(handle.snapshot(), [("reports", 1), ("returned_bytes", 8192)]);
             running.stop();
         }
     }
@@ -199,7 +185,7 @@ mod tests {
         assert_eq!(guest.read(DATA, 4096), [7; 4096]);
         assert_eq!(guest.read(DATA + 4096, 4096), [0; 4096]);
         assert_eq!(guest.read(DATA + 8192, 4096), [7; 4096]);
-        assert_eq!(handle.counters()[1].1, 4096);
+        assert_eq!(handle.snapshot()[1].1, 4096);
         running.stop();
     }
 
@@ -213,7 +199,7 @@ mod tests {
             driver.wait_used();
         }
         assert_eq!(guest.read(DATA, 4096), [7; 4096]);
-        assert_eq!(handle.counters(), [("reports", 0), ("returned_bytes", 0)]);
+        assert_eq!(handle.snapshot(), [("reports", 0), ("returned_bytes", 0)]);
         running.stop();
     }
 }

@@ -20,7 +20,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::buffers::{Buffers, gather};
-use super::counters::{Counter, Snapshot};
+use super::counters::counters;
 use super::device::{Active, ActiveQueue, Backend, DeviceConfig, DeviceError, DeviceInfo};
 use super::poller::{Poller, Wait};
 use vm_memory::GuestMemoryMmap;
@@ -37,26 +37,17 @@ const BATCH: usize = 16;
 const STOP: u64 = 0;
 const KICK: u64 = 1;
 
-/// Reads the device's counters from other threads.
-#[derive(Clone)]
-pub struct Handle {
-    bytes: Arc<Counter>,
-}
-
-impl Handle {
-    /// What the device has done so far.
-    pub fn counters(&self) -> Snapshot {
-        vec![("bytes", self.bytes.get())]
-    }
+counters! {
+    bytes,
 }
 
 /// The device's thread.
 pub struct Rng {
-    bytes: Arc<Counter>,
+    counters: Arc<Counters>,
 }
 
 /// Makes the device.
-pub fn device() -> (DeviceInfo, Rng, Handle) {
+pub fn device() -> (DeviceInfo, Rng, Arc<Counters>) {
     let info = DeviceInfo {
         name: "rng".into(),
         id: u16::try_from(VIRTIO_ID_RNG).unwrap_or_default(),
@@ -66,8 +57,8 @@ pub fn device() -> (DeviceInfo, Rng, Handle) {
         queue_sizes: vec![QUEUE_SIZE],
         config: DeviceConfig::Fixed(Vec::new()),
     };
-    let bytes = Arc::<Counter>::default();
-    (info, Rng { bytes: Arc::clone(&bytes) }, Handle { bytes })
+    let counters = Arc::<Counters>::default();
+    (info, Rng { counters: Arc::clone(&counters) }, counters)
 }
 
 impl Backend for Rng {
@@ -113,7 +104,7 @@ impl Rng {
             }
             let len = writable.len().min(REQUEST_BYTES);
             writable.randomize(0..len)?;
-            self.bytes.add(u64::try_from(len).unwrap_or(u64::MAX));
+            self.counters.bytes.add(u64::try_from(len).unwrap_or(u64::MAX));
             queue.complete(memory, head, len)?;
             used = true;
         }
@@ -131,7 +122,7 @@ mod tests {
 
     const DATA: u64 = 0x20_0000;
 
-    fn rig() -> (Guest, DriverQueue, Running<Rng>, Handle) {
+    fn rig() -> (Guest, DriverQueue, Running<Rng>, Arc<Counters>) {
         let (info, backend, handle) = device();
         let guest = Guest::new();
         let (driver, active) = guest.queue(info.queue_sizes[0]);
@@ -152,7 +143,7 @@ mod tests {
         assert_ne!(first, second);
         assert_ne!(second, [0; 64]);
         assert_eq!(guest.read(DATA + 32, 32), [0; 32]);
-        assert_eq!(handle.counters(), [("bytes", 128)]);
+        assert_eq!(handle.snapshot(), [("bytes", 128)]);
         running.stop();
     }
 

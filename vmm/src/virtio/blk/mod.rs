@@ -43,7 +43,7 @@ use self::flight::Flights;
 pub use self::flight::Ring;
 use self::request::RANGES;
 use self::service::Service;
-use super::counters::{Counter, Snapshot};
+use super::counters::{Snapshot, counters};
 use super::device::{Active, Backend, DeviceConfig, DeviceError, DeviceInfo};
 use super::inbox::{AskError, Asker, Inbox};
 use super::poller::{Poller, Wait};
@@ -83,14 +83,13 @@ pub enum ChangeError {
     NoAnswer(#[from] AskError),
 }
 
-#[derive(Debug, Default)]
-struct Counters {
-    requests: Counter,
-    errors: Counter,
+counters! {
+    requests,
+    errors,
     /// Those that others did not have to wait for.
-    set_aside: Counter,
-    read_bytes: Counter,
-    written_bytes: Counter,
+    set_aside,
+    read_bytes,
+    written_bytes,
 }
 
 /// Reaches the disk from other threads.
@@ -113,14 +112,7 @@ impl Handle {
 
     /// What the disk has done so far.
     pub fn counters(&self) -> Snapshot {
-        let counters = &self.counters;
-        vec![
-            ("requests", counters.requests.get()),
-            ("errors", counters.errors.get()),
-            ("set_aside", counters.set_aside.get()),
-            ("read_bytes", counters.read_bytes.get()),
-            ("written_bytes", counters.written_bytes.get()),
-        ]
+        self.counters.snapshot()
     }
 }
 

@@ -33,7 +33,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::relay::Relay;
-use super::counters::{Counter, Snapshot};
+use super::counters::counters;
 use super::device::{Active, Backend, DeviceConfig, DeviceError, DeviceInfo};
 use crate::complain;
 
@@ -54,33 +54,12 @@ pub enum FsError {
     Socket(#[from] io::Error),
 }
 
-#[derive(Debug, Default)]
-struct Counters {
-    requests: Counter,
-    refused: Counter,
-    failed: Counter,
-    from_guest_bytes: Counter,
-    to_guest_bytes: Counter,
-}
-
-/// Reads the device's counters from other threads.
-#[derive(Clone)]
-pub struct Handle {
-    counters: Arc<Counters>,
-}
-
-impl Handle {
-    /// What the device has done so far.
-    pub fn counters(&self) -> Snapshot {
-        let counters = &self.counters;
-        vec![
-            ("requests", counters.requests.get()),
-            ("refused", counters.refused.get()),
-            ("failed", counters.failed.get()),
-            ("from_guest_bytes", counters.from_guest_bytes.get()),
-            ("to_guest_bytes", counters.to_guest_bytes.get()),
-        ]
-    }
+counters! {
+    requests,
+    refused,
+    failed,
+    from_guest_bytes,
+    to_guest_bytes,
 }
 
 /// The device's thread.
@@ -93,12 +72,11 @@ pub struct Fs {
 }
 
 /// Makes a device that the guest finds by `tag` and the packet socket `server` answers for.
-pub fn device(name: String, tag: &str, server: OwnedFd) -> Result<(DeviceInfo, Fs, Handle), FsError> {
+pub fn device(name: String, tag: &str, server: OwnedFd) -> Result<(DeviceInfo, Fs, Arc<Counters>), FsError> {
     let config = config(tag).ok_or_else(|| FsError::Tag(tag.to_owned()))?;
     let flags = OFlag::from_bits_retain(fcntl(&server, FcntlArg::F_GETFL).map_err(io::Error::from)?);
     fcntl(&server, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map_err(io::Error::from)?;
     let counters = Arc::<Counters>::default();
-    let handle = Handle { counters: Arc::clone(&counters) };
     let info = DeviceInfo {
         name,
         id: u16::try_from(VIRTIO_ID_FS).unwrap_or_default(),
@@ -108,7 +86,7 @@ pub fn device(name: String, tag: &str, server: OwnedFd) -> Result<(DeviceInfo, F
         queue_sizes: QUEUE_SIZES.to_vec(),
         config: DeviceConfig::Fixed(config),
     };
-    Ok((info, Fs { server: Some(server), next_id: 0, counters }, handle))
+    Ok((info, Fs { server: Some(server), next_id: 0, counters: Arc::clone(&counters) }, counters))
 }
 
 /// `struct virtio_fs_config` (virtio 1.2 §5.11.4): the tag, padded with NUL, and one request queue.

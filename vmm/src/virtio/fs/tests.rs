@@ -1,11 +1,12 @@
 //! The device between a fake guest and a server that is a socket's other end.
 
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
 
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
 
 use super::message::{ANSWER_HEADER, MESSAGE_BYTES, REQUEST_HEADER, failure, number, set_number};
-use super::{Fs, Handle, device};
+use super::{Counters, Fs, device};
 use crate::virtio::device::DeviceError;
 use crate::virtio::testing::{DriverQueue, Guest, HANG, Part, Running, readable};
 
@@ -18,7 +19,7 @@ struct Machine {
     hiprio: DriverQueue,
     requests: DriverQueue,
     server: OwnedFd,
-    handle: Handle,
+    handle: Arc<Counters>,
     running: Running<Fs>,
 }
 
@@ -32,7 +33,7 @@ fn machine() -> Machine {
     start(backend, handle, server)
 }
 
-fn start(backend: Fs, handle: Handle, server: OwnedFd) -> Machine {
+fn start(backend: Fs, handle: Arc<Counters>, server: OwnedFd) -> Machine {
     let guest = Guest::new();
     let (hiprio, first) = guest.queue(128);
     let (requests, second) = guest.queue(128);
@@ -88,7 +89,7 @@ fn a_request_and_its_answer_are_carried_whole_under_a_number_of_ours() {
     machine.send(&answer);
     set_number(&mut answer, 77);
     assert_eq!(machine.answer(0), answer);
-    let counters = machine.handle.counters();
+    let counters = machine.handle.snapshot();
     assert!(counters.contains(&("requests", 1)) && counters.contains(&("to_guest_bytes", 600)), "{counters:?}");
     machine.running.stop();
 }
@@ -117,7 +118,7 @@ fn a_request_that_lies_about_its_length_never_reaches_the_server() {
     }
     machine.post(&request(9, REQUEST_HEADER), 0);
     assert_eq!(machine.receive().len(), REQUEST_HEADER, "only the good one");
-    assert!(machine.handle.counters().contains(&("refused", 3)));
+    assert!(machine.handle.snapshot().contains(&("refused", 3)));
     machine.running.stop();
 }
 

@@ -32,7 +32,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::region::{REQUEST_BYTES, RESPONSE_BYTES, Region};
 use super::buffers::{Buffers, gather};
-use super::counters::{Counter, Snapshot};
+use super::counters::{Snapshot, counters};
 use super::device::{Active, ActiveQueue, Backend, DeviceConfig, DeviceError, DeviceInfo, LiveConfig};
 use super::inbox::{AskError, Asker, Inbox};
 use super::poller::{Poller, Wait};
@@ -76,10 +76,9 @@ enum Question {
     Look,
 }
 
-#[derive(Debug, Default)]
-struct Counters {
-    requests: Counter,
-    refused: Counter,
+counters! {
+    requests,
+    refused,
 }
 
 /// Reaches the device from other threads.
@@ -102,7 +101,7 @@ impl Handle {
 
     /// What the device has done so far.
     pub fn counters(&self) -> Snapshot {
-        vec![("requests", self.counters.requests.get()), ("refused", self.counters.refused.get())]
+        self.counters.snapshot()
     }
 }
 

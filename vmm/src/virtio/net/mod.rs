@@ -38,7 +38,7 @@ use vmm_sys_util::eventfd::EventFd;
 use self::receive::Receiver;
 pub use self::tap::TapError;
 use super::buffers::{Buffers, gather};
-use super::counters::{Counter, Snapshot};
+use super::counters::counters;
 use super::device::{Active, ActiveQueue, Backend, DeviceConfig, DeviceError, DeviceInfo};
 use super::poller::{Poller, Wait};
 
@@ -59,33 +59,12 @@ const TAP: u64 = 1;
 const RX_KICK: u64 = 2;
 const TX_KICK: u64 = 3;
 
-#[derive(Debug, Default)]
-struct Counters {
-    received_packets: Counter,
-    received_bytes: Counter,
-    sent_packets: Counter,
-    sent_bytes: Counter,
-    dropped_packets: Counter,
-}
-
-/// Reads the interface's counters from other threads.
-#[derive(Clone)]
-pub struct Handle {
-    counters: Arc<Counters>,
-}
-
-impl Handle {
-    /// What the interface has done so far, as the guest sees it.
-    pub fn counters(&self) -> Snapshot {
-        let counters = &self.counters;
-        vec![
-            ("received_packets", counters.received_packets.get()),
-            ("received_bytes", counters.received_bytes.get()),
-            ("sent_packets", counters.sent_packets.get()),
-            ("sent_bytes", counters.sent_bytes.get()),
-            ("dropped_packets", counters.dropped_packets.get()),
-        ]
-    }
+counters! {
+    received_packets,
+    received_bytes,
+    sent_packets,
+    sent_bytes,
+    dropped_packets,
 }
 
 /// The interface's thread.
@@ -97,19 +76,19 @@ pub struct Net {
 }
 
 /// Makes an interface that announces `mac`.
-pub fn device(name: String, tap: File, mac: [u8; 6]) -> Result<(DeviceInfo, Net, Handle), TapError> {
+pub fn device(name: String, tap: File, mac: [u8; 6]) -> Result<(DeviceInfo, Net, Arc<Counters>), TapError> {
     tap::prepare(&tap)?;
     let counters = Arc::<Counters>::default();
-    let handle = Handle { counters: Arc::clone(&counters) };
-    Ok((info(name, mac), Net { tap, counters, set_offloads: tap::set_offloads }, handle))
+    let ours = Arc::clone(&counters);
+    Ok((info(name, mac), Net { tap, counters, set_offloads: tap::set_offloads }, ours))
 }
 
 /// An interface in front of a socket that keeps packets apart, for tests and fuzz targets.
 #[cfg(any(test, feature = "testing"))]
-pub fn on_socket(socket: File) -> (DeviceInfo, Net, Handle) {
+pub fn on_socket(socket: File) -> (DeviceInfo, Net, Arc<Counters>) {
     let counters = Arc::<Counters>::default();
-    let handle = Handle { counters: Arc::clone(&counters) };
-    (info("net0".into(), [2; 6]), Net { tap: socket, counters, set_offloads: |_, _| Ok(()) }, handle)
+    let ours = Arc::clone(&counters);
+    (info("net0".into(), [2; 6]), Net { tap: socket, counters, set_offloads: |_, _| Ok(()) }, ours)
 }
 
 fn info(name: String, mac: [u8; 6]) -> DeviceInfo {

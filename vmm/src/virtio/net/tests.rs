@@ -20,7 +20,7 @@ struct Rig {
     rx: DriverQueue,
     tx: DriverQueue,
     running: Running<Net>,
-    handle: Handle,
+    handle: Arc<Counters>,
     network: OwnedFd,
     /// Where the next receive buffer goes.
     next: u64,
@@ -111,7 +111,7 @@ fn packets_leave_as_the_guest_wrote_them() {
     assert_eq!(rig.departed().unwrap(), bytes);
     rig.send(&[&bytes]);
     assert_eq!(rig.departed().unwrap(), bytes);
-    let counters = rig.handle.counters();
+    let counters = rig.handle.snapshot();
     assert_eq!(counters[2..], [("sent_packets", 2), ("sent_bytes", 2 * 1514), ("dropped_packets", 0)]);
     rig.running.stop();
 }
@@ -123,7 +123,7 @@ fn malformed_packets_are_dropped_and_the_next_one_is_not() {
     let long = packet(PACKET_BYTES + 1);
     rig.send(&[&long[..60_000], &long[60_000..]]);
     assert!(rig.departed().is_none());
-    assert_eq!(rig.handle.counters()[4], ("dropped_packets", 2));
+    assert_eq!(rig.handle.snapshot()[4], ("dropped_packets", 2));
     rig.send(&[&long[..60_000], &long[60_000..PACKET_BYTES]]);
     assert_eq!(rig.departed().unwrap().len(), PACKET_BYTES);
     rig.running.stop();
@@ -148,7 +148,7 @@ fn a_large_packet_arrives_in_as_many_buffers_as_it_needs() {
         rig.arrive(&packet(len));
         assert_eq!(rig.receive(), (with_count(packet(len), count), count));
     }
-    let counters = rig.handle.counters();
+    let counters = rig.handle.snapshot();
     assert_eq!(counters[0], ("received_packets", 7));
     rig.running.stop();
 }
@@ -210,7 +210,7 @@ fn a_tap_that_is_gone_leaves_the_guest_alone() {
         rig.tx.kick();
         let _used = rig.tx.wait_used();
     }
-    assert_eq!(rig.handle.counters()[4], ("dropped_packets", 10));
+    assert_eq!(rig.handle.snapshot()[4], ("dropped_packets", 10));
     rig.running.stop();
 }
 

@@ -43,7 +43,7 @@ use vmm_sys_util::eventfd::EventFd;
 use self::session::Session;
 pub use self::sink::SinkError;
 use self::sink::Sinks;
-use super::counters::{Counter, Snapshot};
+use super::counters::{Snapshot, counters};
 use super::device::{Active, Backend, DeviceConfig, DeviceError, DeviceInfo};
 use super::inbox::{AskError, Asker, Inbox};
 use super::poller::{Poller, Wait};
@@ -77,14 +77,13 @@ pub enum ChangeError {
     NoAnswer(#[from] AskError),
 }
 
-#[derive(Debug, Default)]
-struct Counters {
-    connections: Counter,
-    refused: Counter,
-    resets: Counter,
-    from_guest_bytes: Counter,
-    to_guest_bytes: Counter,
-    sink_dropped_bytes: Counter,
+counters! {
+    connections,
+    refused,
+    resets,
+    from_guest_bytes,
+    to_guest_bytes,
+    sink_dropped_bytes,
 }
 
 /// Reaches the device from other threads.
@@ -107,15 +106,7 @@ impl Handle {
 
     /// What the device has done so far.
     pub fn counters(&self) -> Snapshot {
-        let counters = &self.counters;
-        vec![
-            ("connections", counters.connections.get()),
-            ("refused", counters.refused.get()),
-            ("resets", counters.resets.get()),
-            ("from_guest_bytes", counters.from_guest_bytes.get()),
-            ("to_guest_bytes", counters.to_guest_bytes.get()),
-            ("sink_dropped_bytes", counters.sink_dropped_bytes.get()),
-        ]
+        self.counters.snapshot()
     }
 }
 
