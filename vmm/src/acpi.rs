@@ -32,12 +32,13 @@ pub const POWER_OFF: u8 = S5 << 2 | 1 << 5;
 
 /// The 8250 of a machine that has one.
 pub const SERIAL_PORT: u16 = 0x3f8;
-/// Its interrupt.
+/// Its interrupt, which is the first and last pin of an I/O APIC.
 pub const SERIAL_GSI: u32 = 4;
 /// Registers of an 8250.
 pub const SERIAL_PORTS: u16 = 8;
 
-const IOAPIC: u32 = 0xfec0_0000;
+/// Where the I/O APIC of a machine with an 8250 is.
+pub const IOAPIC: u64 = 0xfec0_0000;
 const LOCAL_APIC: u32 = 0xfee0_0000;
 
 const OEM: [u8; 6] = *b"PCARP ";
@@ -98,7 +99,7 @@ fn madt(cpus: u8, serial: bool) -> MADT {
         madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
     }
     if serial {
-        madt.add_structure(IoApic::new(0, IOAPIC, 0));
+        madt.add_structure(IoApic::new(0, IOAPIC as u32, SERIAL_GSI));
     }
     madt
 }

@@ -16,7 +16,9 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::acpi::{POWER_OFF, RESET, RESET_VALUE, SERIAL_PORT, SERIAL_PORTS, SLEEP_CONTROL, SLEEP_STATUS};
+use crate::acpi::{IOAPIC, POWER_OFF, RESET, RESET_VALUE, SERIAL_PORT, SERIAL_PORTS, SLEEP_CONTROL, SLEEP_STATUS};
+use crate::ioapic::IoApic;
+use crate::memory::PAGE;
 use crate::notes::End;
 use crate::pci::Pci;
 use crate::serial::Port;
@@ -28,13 +30,13 @@ const KEYBOARD_RESET: u8 = 0xfe;
 /// The machine's ports and device memory.
 pub struct Bus {
     pci: Mutex<Pci>,
-    serial: Option<Port>,
+    serial: Option<(Port, Mutex<IoApic>)>,
 }
 
 impl Bus {
     /// A machine's bus.
     pub fn new(pci: Pci, serial: Option<Port>) -> Self {
-        Self { pci: Mutex::new(pci), serial }
+        Self { pci: Mutex::new(pci), serial: serial.map(|port| (port, Mutex::default())) }
     }
 
     /// The PCI bus. Hold it for one change.
@@ -67,16 +69,29 @@ impl Bus {
 
     /// A read of device memory.
     pub fn memory_read(&self, address: u64, data: &mut [u8]) {
-        self.pci().read(address, data);
+        match self.ioapic(address) {
+            Some((ioapic, offset)) => ioapic.read(offset, data),
+            None => self.pci().read(address, data),
+        }
     }
 
     /// A write to device memory.
     pub fn memory_write(&self, address: u64, data: &[u8]) {
-        self.pci().write(address, data);
+        match self.ioapic(address) {
+            Some((mut ioapic, offset)) => ioapic.write(offset, data, self.pci().irqs()),
+            None => self.pci().write(address, data),
+        }
     }
 
     fn serial_register(&self, port: u16) -> Option<(&Port, u8)> {
         let register = port.checked_sub(SERIAL_PORT).filter(|register| *register < SERIAL_PORTS)?;
-        Some((self.serial.as_ref()?, u8::try_from(register).ok()?))
+        Some((&self.serial.as_ref()?.0, u8::try_from(register).ok()?))
+    }
+
+    /// The I/O APIC that the serial port interrupts by, if the access is to it, and where in it.
+    fn ioapic(&self, address: u64) -> Option<(MutexGuard<'_, IoApic>, u64)> {
+        let offset = address.checked_sub(IOAPIC).filter(|offset| *offset < PAGE)?;
+        let (_, ioapic) = self.serial.as_ref()?;
+        Some((ioapic.lock().unwrap_or_else(PoisonError::into_inner), offset))
     }
 }

@@ -95,9 +95,8 @@ impl Host {
         }
     }
 
-    /// Makes a VM with its interrupt controllers: local APICs in KVM and nothing else, or with `ioapic` the whole set
-    /// of a PC for the sake of its serial port.
-    pub fn create_vm(&self, ioapic: bool) -> Result<Arc<VmFd>, KvmError> {
+    /// Makes a VM with local APICs in KVM, and no other interrupt controller there.
+    pub fn create_vm(&self) -> Result<Arc<VmFd>, KvmError> {
         let vm = loop {
             match self.kvm.create_vm() {
                 Err(error) if error.errno() == libc::EINTR => {}
@@ -105,13 +104,9 @@ impl Host {
             }
         };
         vm.set_tss_address(TSS as usize).map_err(|e| KvmError::Call("place its task state segment", e))?;
-        if ioapic {
-            vm.create_irq_chip().map_err(|e| KvmError::Call("create interrupt controllers", e))?;
-        } else {
-            // No pin of an I/O APIC has a route, so no end of interrupt exits to us.
-            let split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
-            vm.enable_cap(&split).map_err(|e| KvmError::Call("create local APICs", e))?;
-        }
+        // No pin of an I/O APIC is known to it, so no end of interrupt exits to us.
+        let split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
+        vm.enable_cap(&split).map_err(|e| KvmError::Call("create local APICs", e))?;
         Ok(Arc::new(vm))
     }
 

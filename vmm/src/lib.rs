@@ -19,6 +19,7 @@ pub mod loader;
 pub mod memory;
 
 pub mod bus;
+pub mod ioapic;
 pub mod pci;
 pub mod serial;
 pub mod vcpu;

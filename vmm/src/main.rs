@@ -80,7 +80,7 @@ fn boot(setup: Setup, events: &mut Events) -> Result<i32, StartError> {
     // The machine: interrupt controllers and memory.
     let serial = matches!(setup.console, Console::Serial { .. });
     let host = Host::new(setup.kvm)?;
-    let vm = host.create_vm(serial)?;
+    let vm = host.create_vm()?;
     let ram = GuestRam::new(&vm, setup.memory_mib, setup.room_mib)?;
     let window = memory::read_only_window(&vm)?;
 
@@ -107,8 +107,7 @@ fn boot(setup: Setup, events: &mut Events) -> Result<i32, StartError> {
     // The devices, each with its thread.
     let (notifier, notes) = Notes::new()?;
     let port = serial.then(|| open_serial(&vm, setup.keyboard)).transpose()?;
-    let pin = serial.then_some(acpi::SERIAL_GSI);
-    let bus = Arc::new(Bus::new(Pci::new(window, Irqs::new(Arc::clone(&vm), pin)), port));
+    let bus = Arc::new(Bus::new(Pci::new(window, Irqs::new(Arc::clone(&vm))), port));
     let mut devices = Devices::new(Arc::clone(&bus), Arc::clone(&vm), ram, notifier.clone());
     if let Some(listener) = setup.vsock {
         devices.add_vsock(listener)?;

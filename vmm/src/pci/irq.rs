@@ -6,33 +6,30 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use kvm_bindings::{
-    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KvmIrqRouting, kvm_irq_routing_entry,
-};
-use kvm_bindings::{kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip, kvm_irq_routing_msi};
+use kvm_bindings::{KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry};
+use kvm_bindings::{kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi};
 use kvm_ioctls::VmFd;
 use vmm_sys_util::errno::Error as Errno;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::msix::Message;
 
-/// The first interrupt that no I/O APIC has.
+/// The first interrupt that no I/O APIC of a PC has.
 const FIRST_GSI: u32 = 24;
 
 /// The routes of one VM.
 #[derive(Debug)]
 pub struct Irqs {
     vm: Arc<VmFd>,
-    ioapic_pin: Option<u32>,
     messages: BTreeMap<u32, Message>,
     next: u32,
     changed: bool,
 }
 
 impl Irqs {
-    /// No routes but that of an I/O APIC's pin, on a machine that has one.
-    pub fn new(vm: Arc<VmFd>, ioapic_pin: Option<u32>) -> Self {
-        Self { vm, ioapic_pin, messages: BTreeMap::new(), next: FIRST_GSI, changed: false }
+    /// No routes.
+    pub fn new(vm: Arc<VmFd>) -> Self {
+        Self { vm, messages: BTreeMap::new(), next: FIRST_GSI, changed: false }
     }
 
     /// The first of `count` interrupts that belong to the caller from now on.
@@ -47,13 +44,20 @@ impl Irqs {
         self.changed |= self.messages.insert(gsi, message) != Some(message);
     }
 
+    /// The same, or that it sends nothing.
+    pub fn set_route(&mut self, gsi: u32, message: Option<Message>) {
+        match message {
+            Some(message) => self.route(gsi, message),
+            None => self.changed |= self.messages.remove(&gsi).is_some(),
+        }
+    }
+
     /// Hands the routes to KVM, if any has changed.
     pub fn commit(&mut self) -> Result<(), Errno> {
         if !self.changed {
             return Ok(());
         }
-        let mut entries: Vec<_> = self.ioapic_pin.map(pin_route).into_iter().collect();
-        entries.extend(self.messages.iter().map(|(gsi, message)| message_route(*gsi, *message)));
+        let entries: Vec<_> = self.messages.iter().map(|(gsi, message)| message_route(*gsi, *message)).collect();
         let table = KvmIrqRouting::from_entries(&entries).map_err(|_| Errno::new(libc::ENOSPC))?;
         self.vm.set_gsi_routing(&table)?;
         self.changed = false;
@@ -82,10 +86,4 @@ fn message_route(gsi: u32, message: Message) -> kvm_irq_routing_entry {
     let msi = kvm_irq_routing_msi { address_lo: low, address_hi: high, data: message.data, ..Default::default() };
     let u = kvm_irq_routing_entry__bindgen_ty_1 { msi };
     kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_MSI, u, ..Default::default() }
-}
-
-fn pin_route(pin: u32) -> kvm_irq_routing_entry {
-    let irqchip = kvm_irq_routing_irqchip { irqchip: KVM_IRQCHIP_IOAPIC, pin };
-    let u = kvm_irq_routing_entry__bindgen_ty_1 { irqchip };
-    kvm_irq_routing_entry { gsi: pin, type_: KVM_IRQ_ROUTING_IRQCHIP, u, ..Default::default() }
 }

@@ -113,6 +113,11 @@ impl Pci {
         }
     }
 
+    /// The interrupts, also of what is not on the bus.
+    pub fn irqs(&mut self) -> &mut Irqs {
+        &mut self.irqs
+    }
+
     /// Changes one device from outside the guest.
     pub fn with(&mut self, slot: usize, change: impl FnOnce(&mut VirtioPci, &mut Irqs)) {
         if let Some(Some(device)) = self.devices.get_mut(slot) {
