@@ -229,7 +229,10 @@ fn program(config: &CoreConfig, launch: Launch<'_>) -> Result<Program> {
     let null = File::options().read(true).write(true).open("/dev/null").doing(|| "opening /dev/null")?;
     let mut fds = Fds(vec![(1, null.into()), (2, log.into())]);
     let kvm = File::options().read(true).write(true).open("/dev/kvm");
-    let kvm = kvm.map_err(|error| Error::Unavailable(format!("/dev/kvm: {error}: `pericarp check` says more")))?;
+    let kvm = kvm.map_err(|error| match Error::io("/dev/kvm", &error) {
+        Error::Internal(text) => Error::Unavailable(format!("{text}: `pericarp check` says more")),
+        full => full,
+    })?;
     let (scratch, sectors) = launch.scratch;
     let extent = Extent { first_sector: 0, sectors, read_only: false, file: fds.give(scratch) };
     let vmm = Config {

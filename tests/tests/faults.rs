@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use pericarp_tests::{Node, image, wait_until};
+use pericarp_tests::{Node, Settings, image, wait_until};
 use serde_json::json;
 
 const BYTES: u64 = 16 << 20;
@@ -145,4 +145,75 @@ fn a_pod_that_has_more_than_its_cgroup_allows_is_ended_with_the_reason() {
     node.remove_pod(&pod);
     let after = node.inventory();
     assert!(!after.difference(&before).contains("pericarp"), "{}", after.difference(&before));
+}
+
+/// A file system in memory, so small that it is soon full.
+struct Small(&'static str);
+
+impl Small {
+    fn mount(at: &'static str, mib: u32) -> Self {
+        fs::create_dir_all(at).expect("/run is writable");
+        run(&["mount", "-t", "tmpfs", "-o", &format!("size={mib}m"), "small", at]);
+        Self(at)
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").args(["--lazy", self.0]).output();
+    }
+}
+
+#[test]
+fn a_host_without_room_for_what_pods_write_fails_their_writes() {
+    let scratch = Small::mount("/run/pericarp-small", 48);
+    let node = Node::start_with(&Settings { keys: format!("scratch_dir = \"{}\"", scratch.0), ..Settings::default() });
+    node.crictl(["pull", image::BUSYBOX]).ok();
+    let before = node.inventory();
+    let start = |name: &str| {
+        let pod = node.run_pod(name, &json!({}));
+        let container = node.run_container(&pod, name, "c", image::BUSYBOX, &["sleep", "1000"]);
+        (pod, container)
+    };
+    let (modest, greedy) = (start("modest"), start("greedy"));
+    let fill = "dd if=/dev/zero of=/fill bs=1M count=200 conv=fsync 2>&1; echo code $?";
+    let said = node.crictl(["exec", "--sync", &greedy.1, "sh", "-c", fill]).ok();
+    assert!(said.contains("code 1"), "{said}");
+    for (_, container) in [&modest, &greedy] {
+        assert_eq!(node.crictl(["exec", "--sync", container, "echo", "lives"]).ok().trim(), "lives");
+    }
+    // What the one took, the other has again.
+    node.remove_pod(&greedy.0);
+    let write = "dd if=/dev/zero of=/file bs=1M count=8 conv=fsync 2>&1";
+    node.crictl(["exec", "--sync", &modest.1, "sh", "-c", write]).ok();
+    node.remove_pod(&modest.0);
+    let after = node.inventory();
+    assert!(after == before, "{}", after.difference(&before));
+}
+
+#[test]
+fn a_daemon_without_descriptors_refuses_and_recovers() {
+    let node = Node::start();
+    node.crictl(["pull", image::BUSYBOX]).ok();
+    let pod = node.run_pod("first", &json!({}));
+    let before = node.inventory();
+    let daemon = node.daemon_pid().to_string();
+    let open = || fs::read_dir(format!("/proc/{daemon}/fd")).expect("the daemon runs").count();
+    let limit = |most: usize| run(&["prlimit", "--pid", &daemon, &format!("--nofile={most}:")]);
+    let config = node.pod_config("second", &json!({}));
+    let path = config.to_str().expect("a plain path");
+    // Enough to be asked and not to carry it out.
+    limit(open() + 6);
+    let refused = node.crictl(["runp", path]).refused();
+    assert!(refused.contains("ResourceExhausted") && refused.contains("Too many open files"), "{refused}");
+    // Not even enough to be asked.
+    limit(4);
+    node.crictl(["--timeout", "2s", "version"]).refused();
+    limit(1024);
+    wait_until("the daemon to answer again", || node.crictl(["version"]).code == 0);
+    let after = node.inventory();
+    assert!(after == before, "{}", after.difference(&before));
+    let second = node.crictl(["runp", path]).ok();
+    node.remove_pod(second.trim());
+    node.remove_pod(&pod);
 }
