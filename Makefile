@@ -89,8 +89,8 @@ test-lab: $(ROOT)
 	tests/lab/go-tools crictl critest ginkgo >/dev/null
 	cargo test --locked -p pericarp-tests -p pericarp-init --no-run
 	cargo test --locked -p pericarp-tests --test panics
-	cargo build --locked -p cri-shim --features kill-points --bin pericarpd
-	install -Dt target/kill-points target/debug/pericarpd
+	cargo build --release --locked -p cri-shim --features kill-points --bin pericarpd
+	install -Dt target/kill-points $(HOST_BIN)/pericarpd
 	$(MAKE) --no-print-directory --keep-going --jobs 2 lab-conformance lab-a lab-b lab-boot
 
 lab-conformance:
