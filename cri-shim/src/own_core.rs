@@ -10,8 +10,11 @@ use std::path::{Path, PathBuf};
 use crate::clock;
 use crate::config::Config;
 use crate::error::{Error, IoContext, Result};
-use crate::pod::CoreConfig;
+use crate::image::Store;
+use crate::network::{Network, NetworkConfig};
+use crate::pod::{CoreConfig, Pods};
 use crate::scratch;
+use crate::spawner::Spawner;
 
 /// Where cores of `pericarp run` are, below the daemon's state directory.
 pub(crate) const RUN: &str = "run";
@@ -86,8 +89,29 @@ impl OwnCore {
         Ok(Self { config, _lock: lock })
     }
 
+    /// Opens the core. What a process that was killed has left of pods is removed, since nobody needs it any more.
+    pub(crate) async fn open(&self, config: &Config, images: Store, spawner: Spawner) -> Result<Pods> {
+        let network = NetworkConfig { state_dir: self.config.state_dir.clone(), ..config.network() };
+        let pods = Pods::open(self.config.clone(), spawner, images, Network::new(network)).await?;
+        for pod in pods.pods() {
+            pods.kill_pod(&pod.id).await?;
+            pods.remove_pod(&pod.id).await?;
+        }
+        Ok(pods)
+    }
+
+    /// Removes all that is in the core, and the core. If that fails its records stay, by which who claims it next tries again.
+    pub(crate) async fn close(self, pods: Pods) -> Result<()> {
+        for pod in pods.pods() {
+            pods.remove_pod(&pod.id).await?;
+        }
+        drop(pods);
+        self.release();
+        Ok(())
+    }
+
     /// Removes the directories, of which nothing is needed any more.
-    pub(crate) fn release(self) {
+    fn release(self) {
         // Best effort: who claims it next takes over what cannot be removed now.
         let _ = fs::remove_dir(self.config.cgroup_root.join(self.config.cgroup_parent.trim_start_matches('/')));
         let _ = fs::remove_dir_all(&self.config.scratch_dir);

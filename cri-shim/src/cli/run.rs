@@ -16,7 +16,6 @@ use super::terminal::{self, Given, Output, SIGNALLED, Signals};
 use crate::config::Config;
 use crate::defaults::{self, Changes};
 use crate::image::{Image, PullProgress, Store};
-use crate::network::{Network, NetworkConfig};
 use crate::own_core::{self, OwnCore};
 use crate::pod::{PodState, Pods};
 use crate::spawner::Spawner;
@@ -96,19 +95,12 @@ impl Run {
             signal = signals.next() => return Ok(SIGNALLED + signal),
         };
         let core = OwnCore::claim_any(config, own_core::RUN)?;
-        let network = NetworkConfig { state_dir: core.config.state_dir.clone(), ..config.network() };
-        let pods = Pods::open(core.config.clone(), spawner, images, Network::new(network)).await?;
-        // What a run that was killed here left: its record said so, and nobody needs it now.
-        for pod in pods.pods() {
-            pods.remove_pod(&pod.id).await?;
-        }
+        let pods = core.open(config, images, spawner).await?;
         let code = self.pod(&pods, &image, &mut signals).await;
-        // One that could not be removed keeps its record, by which the next run tries again.
-        if pods.pods().is_empty() {
-            drop(pods);
-            core.release();
-        }
-        code
+        let closed = core.close(pods).await;
+        let code = code?;
+        closed?;
+        Ok(code)
     }
 
     async fn pod(&self, pods: &Pods, image: &Image, signals: &mut Signals) -> Result<i32> {

@@ -10,6 +10,7 @@
 
 mod addresses;
 mod cni;
+pub(crate) mod loopback;
 mod netlink;
 mod netns;
 mod redirect;

@@ -55,6 +55,9 @@ use table::{Pod, Table};
 
 pub(crate) use message::exec_process;
 
+/// What stops and continues all processes of a cgroup v2.
+const FREEZE: &str = "cgroup.freeze";
+
 /// How long a container may take to be gone after SIGKILL.
 const KILL_LIMIT: Duration = Duration::from_secs(30);
 
@@ -294,6 +297,12 @@ impl Pods {
         pod.run(move |owner| Box::pin(async move { owner.update_container(&container.id, &resources).await })).await
     }
 
+    /// Stops all processes of a container by its guest's kernel, or lets them go on.
+    pub async fn freeze_container(&self, id: &str, frozen: bool) -> Result<()> {
+        let unified = [(FREEZE.to_owned(), u8::from(frozen).to_string())].into();
+        self.update_container(id, Resources { unified, ..Resources::default() }).await
+    }
+
     /// Goes on with a container's log in a new file of the same name, the old one having been moved away.
     pub async fn reopen_log(&self, id: &str) -> Result<()> {
         let (pod, container) = self.table.container(id)?;
@@ -303,6 +312,14 @@ impl Pods {
     /// What a pod and its containers use now.
     pub async fn usage(&self, id: &str) -> Result<PodUsage> {
         self.table.pod(id)?.run(|owner| Box::pin(owner.usage())).await
+    }
+
+    /// What a container uses now.
+    pub async fn container_usage(&self, id: &str) -> Result<Usage> {
+        let (pod, container) = self.table.container(id)?;
+        let mut usage = pod.run(|owner| Box::pin(owner.usage())).await?;
+        let missing = || Error::NotFound(format!("container {id} does not run"));
+        usage.containers.remove(&container.id).ok_or_else(missing)
     }
 
     /// The moments of a pod's start, those the VMM noted among them, in order of time.

@@ -38,7 +38,7 @@ pub(super) fn pod_spec(bundle: &Bundle, id: &str) -> Result<PodSpec> {
             cpu_shares: note("cpu-shares").parse().ok().filter(|&shares| shares > 0),
             ..Resources::default()
         },
-        Role::Alone | Role::Member => resources(&linux.resources)?,
+        Role::Alone | Role::Member => resources(&linux.resources),
     };
     Ok(PodSpec {
         identity: PodIdentity { name, namespace: note("namespace"), uid: note("uid"), attempt: 0 },
@@ -116,7 +116,7 @@ pub(super) fn container_spec(bundle: &Bundle, id: &str, rootfs: Rootfs, pod_pid:
         process,
         mounts: mounts.iter().filter_map(|mount| self::mount(mount).transpose()).collect::<Result<_>>()?,
         devices: devices(linux, privileged),
-        resources: resources(&linux.resources)?,
+        resources: resources(&linux.resources),
         pid_namespace: pid_namespace(&linux.namespaces, pod_pid)?,
         privileged,
         masked_paths: linux.masked_paths.clone(),
@@ -266,9 +266,9 @@ fn access(linux: &oci::Linux, device: &oci::Device) -> String {
 }
 
 /// Limits, for a container or an update; what is not positive is none.
-pub(super) fn resources(asked: &oci::Resources) -> Result<Resources> {
+pub(super) fn resources(asked: &oci::Resources) -> Resources {
     let bytes = |value: Option<i64>| value.and_then(|value| u64::try_from(value).ok()).filter(|&value| value > 0);
-    Ok(Resources {
+    Resources {
         cpu_period: asked.cpu.period.filter(|&period| period > 0),
         cpu_quota: asked.cpu.quota.filter(|&quota| quota > 0),
         cpu_shares: asked.cpu.shares.filter(|&shares| shares > 0),
@@ -279,7 +279,7 @@ pub(super) fn resources(asked: &oci::Resources) -> Result<Resources> {
         cpuset_mems: asked.cpu.mems.clone(),
         pids_limit: bytes(asked.pids.as_ref().and_then(|pids| pids.limit)),
         unified: asked.unified.clone(),
-    })
+    }
 }
 
 #[cfg(test)]

@@ -10,8 +10,9 @@ use containerd_shim_protos::protobuf::Message;
 
 use super::arguments::Arguments;
 use super::bundle::{self, Bundle};
-use super::serve::{core_name, open};
-use super::{config, rootfs, task};
+use super::process::timestamp;
+use super::serve::{core_name, images};
+use super::{config, rootfs};
 use crate::clock;
 use crate::config::Config;
 use crate::own_core::{self, OwnCore};
@@ -38,7 +39,7 @@ pub(super) fn delete(arguments: &Arguments) -> Result<()> {
     }
     rootfs::unmount(&path)?;
     remove_socket(&path);
-    let exited_at = Some(task::timestamp(clock::realtime_ns())).into();
+    let exited_at = Some(timestamp(clock::realtime_ns())).into();
     let response = DeleteResponse { exit_status: KILLED_CODE, exited_at, ..DeleteResponse::default() };
     std::io::stdout().write_all(&response.write_to_bytes()?).context("answering containerd")
 }
@@ -46,15 +47,9 @@ pub(super) fn delete(arguments: &Arguments) -> Result<()> {
 /// Removes a core with its pods, unless its shim lives: then only this container is to go.
 async fn remove(config: &Config, name: &str, spawner: Spawner) -> Result<()> {
     let Some(core) = OwnCore::claim(config, own_core::CONTAINERD, name)? else { return Ok(()) };
-    let pods = open(config, &core, spawner).await?;
-    for pod in pods.pods() {
-        // containerd does not wait long, and has told already that its containers were killed.
-        pods.kill_pod(&pod.id).await?;
-        pods.remove_pod(&pod.id).await?;
-    }
-    drop(pods);
-    core.release();
-    Ok(())
+    // That is quick, since nothing is asked of guests: containerd does not wait long.
+    let pods = core.open(config, images(config)?, spawner).await?;
+    Ok(core.close(pods).await?)
 }
 
 /// Its own if it stands for its pod; a member's bundle names the socket of a pod that may live.

@@ -16,7 +16,7 @@ use containerd_shim_protos::shim_async::{Client, EventsClient};
 use containerd_shim_protos::ttrpc::context;
 use tokio::sync::mpsc;
 
-use super::task::timestamp;
+use super::process::timestamp;
 use crate::clock;
 
 /// Events that may wait.

@@ -14,6 +14,7 @@ mod error;
 mod events;
 mod forward;
 mod info;
+mod life;
 mod metrics;
 mod oci;
 mod process;

@@ -3,12 +3,15 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use containerd_shim_protos::protobuf::MessageField;
+use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::watch;
 
 use super::stdio::{Order, Pump, Streams};
 use crate::agent::Session;
 use crate::clock;
 use crate::error::{Error, Result};
+use crate::spec::ProcessSpec;
 
 /// How long the rest of a process's output may take to be taken, once it has ended.
 const OUTPUT_LIMIT: Duration = Duration::from_secs(10);
@@ -35,11 +38,31 @@ impl Exit {
     pub(super) fn now(code: i32) -> Self {
         Self { code, at_ns: clock::realtime_ns() }
     }
+
+    /// The code as containerd has it.
+    pub(super) fn status(self) -> u32 {
+        self.code.cast_unsigned()
+    }
+
+    /// The time as containerd has it.
+    pub(super) fn at(self) -> MessageField<Timestamp> {
+        Some(timestamp(self.at_ns)).into()
+    }
+}
+
+/// `CLOCK_REALTIME` in nanoseconds as containerd writes it.
+pub(super) fn timestamp(at_ns: i64) -> Timestamp {
+    let (seconds, nanos) = (at_ns.div_euclid(1_000_000_000), at_ns.rem_euclid(1_000_000_000));
+    Timestamp { seconds, nanos: i32::try_from(nanos).unwrap_or(0), ..Timestamp::default() }
 }
 
 /// A process.
 #[derive(Debug)]
 pub(super) struct Process {
+    /// By which events name it: the task's own for its first.
+    pub(super) id: String,
+    /// What it is to be, if it is one beside the first.
+    pub(super) exec: Option<ProcessSpec>,
     pub(super) streams: Streams,
     life: watch::Sender<Life>,
     /// While it has a session.
@@ -47,8 +70,8 @@ pub(super) struct Process {
 }
 
 impl Process {
-    pub(super) fn new(streams: Streams) -> Self {
-        Self { streams, life: watch::Sender::new(Life::Created), pump: Mutex::default() }
+    pub(super) fn new(id: String, exec: Option<ProcessSpec>, streams: Streams) -> Self {
+        Self { id, exec, streams, life: watch::Sender::new(Life::Created), pump: Mutex::default() }
     }
 
     pub(super) fn life(&self) -> Life {
@@ -75,6 +98,17 @@ impl Process {
             }
             // The sender lives as long as this.
             let _ = life.changed().await;
+        }
+    }
+
+    /// How it ended, for one that is to be forgotten.
+    pub(super) fn over(&self) -> Result<Exit> {
+        match self.life() {
+            Life::Exited(exit) => Ok(exit),
+            Life::Created => Ok(Exit::now(0)),
+            Life::Running | Life::Paused => {
+                Err(Error::FailedPrecondition(format!("process {} runs: kill it first", self.id)))
+            }
         }
     }
 

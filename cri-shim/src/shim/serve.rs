@@ -22,9 +22,7 @@ use super::service::Service;
 use super::start::READY;
 use crate::config::Config;
 use crate::image::Store;
-use crate::network::{Network, NetworkConfig};
 use crate::own_core::{self, OwnCore};
-use crate::pod::Pods;
 use crate::spawner::Spawner;
 
 /// The service as containerd 1.x names it; since 2.0 it has a 3, and nothing else is different.
@@ -49,11 +47,7 @@ async fn run(arguments: &Arguments, config: &Config, spawner: Spawner, listener:
     let Some(core) = OwnCore::claim(config, own_core::CONTAINERD, &name)? else {
         bail!("another shim has the pod {}", arguments.id)
     };
-    let pods = open(config, &core, spawner).await?;
-    // What one that was killed has left: containerd makes the pod anew.
-    for pod in pods.pods() {
-        pods.remove_pod(&pod.id).await?;
-    }
+    let pods = core.open(config, images(config)?, spawner).await?;
     let containerd = std::env::var(TTRPC_ADDRESS).context(TTRPC_ADDRESS)?;
     let service = Service::new(pods.clone(), Events::start(containerd, arguments.namespace.clone()));
     let mut server = listen(service.clone(), listener)?;
@@ -65,19 +59,13 @@ async fn run(arguments: &Arguments, config: &Config, spawner: Spawner, listener:
     service.ended().await;
     tracing::info!("the shim ends");
     let _ = server.shutdown().await;
-    for pod in pods.pods() {
-        pods.remove_pod(&pod.id).await?;
-    }
-    drop(pods);
-    core.release();
+    core.close(pods).await?;
     fs::remove_file(&arguments.socket).with_context(|| format!("removing {}", arguments.socket))
 }
 
-/// The core in a directory of its own.
-pub(super) async fn open(config: &Config, core: &OwnCore, spawner: Spawner) -> Result<Pods> {
-    let images = Store::open(&config.image_dir, config.store()).context("opening the image store")?;
-    let network = NetworkConfig { state_dir: core.config.state_dir.clone(), ..config.network() };
-    Ok(Pods::open(core.config.clone(), spawner, images, Network::new(network)).await?)
+/// Of which a core must have one, although containerd has its own.
+pub(super) fn images(config: &Config) -> Result<Store> {
+    Store::open(&config.image_dir, config.store()).context("opening the image store")
 }
 
 /// Names a pod's core: containerd's namespaces have ids of their own.

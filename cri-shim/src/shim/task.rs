@@ -4,96 +4,56 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
-
 use super::process::Process;
 use crate::error::{Error, Result};
-use crate::spec::ProcessSpec;
 
-/// What stands behind a task.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Behind {
-    /// The pod as a whole, by its id in the core.
-    Pod(String),
-    /// A container, by its id in the core.
-    Container(String),
-    /// A container and the pod that is its alone.
-    Alone {
-        /// By its id in the core.
-        pod: String,
-        /// By its id in the core.
-        container: String,
-    },
-}
-
-impl Behind {
-    /// The container in the core, if it is one.
-    pub(super) fn container(&self) -> Option<&str> {
-        match self {
-            Self::Pod(_) => None,
-            Self::Container(container) | Self::Alone { container, .. } => Some(container),
-        }
-    }
-
-    /// The pod in the core that ends with the task.
-    pub(super) fn pod(&self) -> Option<&str> {
-        match self {
-            Self::Container(_) => None,
-            Self::Pod(pod) | Self::Alone { pod, .. } => Some(pod),
-        }
-    }
-}
-
-/// A process beside a container's own.
-#[derive(Debug)]
-pub(super) struct Exec {
-    pub(super) spec: ProcessSpec,
-    pub(super) process: Process,
-}
-
-/// A task.
+/// A task. It is a container, a pod as a whole, or a container together with the pod that is its alone.
 #[derive(Debug)]
 pub(super) struct Task {
     pub(super) id: String,
     pub(super) bundle: PathBuf,
-    pub(super) behind: Behind,
+    /// The pod that ends with it, by its id in the core.
+    pub(super) pod: Option<String>,
+    /// By its id in the core; a pod as a whole has no process.
+    pub(super) container: Option<String>,
     /// The pod's VMM, which is all that the host sees of it.
     pub(super) pid: u32,
-    /// The first one.
-    pub(super) process: Process,
-    execs: Mutex<BTreeMap<String, Arc<Exec>>>,
+    /// The container's own.
+    pub(super) first: Arc<Process>,
+    /// Those beside it, by containerd's ids.
+    pub(super) execs: Mutex<BTreeMap<String, Arc<Process>>>,
 }
 
 impl Task {
-    pub(super) fn new(id: String, bundle: PathBuf, behind: Behind, pid: u32, process: Process) -> Self {
-        Self { id, bundle, behind, pid, process, execs: Mutex::default() }
-    }
-
-    pub(super) fn add_exec(&self, id: &str, exec: Exec) -> Result<()> {
-        let mut execs = self.lock();
-        if execs.contains_key(id) {
-            return Err(Error::AlreadyExists(format!("exec {id} is there already")));
+    /// A process by its id, which the first one has none of.
+    pub(super) fn process(&self, id: &str) -> Result<Arc<Process>> {
+        if id.is_empty() {
+            return Ok(Arc::clone(&self.first));
         }
-        execs.insert(id.to_owned(), Arc::new(exec));
-        Ok(())
+        self.lock().get(id).cloned().ok_or_else(|| Error::NotFound(format!("no exec {id}")))
     }
 
-    pub(super) fn exec(&self, id: &str) -> Result<Arc<Exec>> {
-        self.lock().get(id).cloned().ok_or_else(|| Error::NotFound(format!("no exec {id}")))
+    pub(super) fn add_exec(&self, exec: Process) -> Result<()> {
+        let mut execs = self.lock();
+        if execs.contains_key(&exec.id) {
+            return Err(Error::AlreadyExists(format!("exec {} is there already", exec.id)));
+        }
+        execs.insert(exec.id.clone(), Arc::new(exec));
+        Ok(())
     }
 
     pub(super) fn remove_exec(&self, id: &str) {
         self.lock().remove(id);
     }
 
+    /// What a process is to run in.
+    pub(super) fn container(&self) -> Result<&str> {
+        let none = || Error::FailedPrecondition("a pod's sandbox has no process of its own".into());
+        self.container.as_deref().ok_or_else(none)
+    }
+
     /// What is behind the lock is whole at every moment.
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Exec>>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Process>>> {
         self.execs.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// `CLOCK_REALTIME` in nanoseconds as containerd writes it.
-pub(super) fn timestamp(at_ns: i64) -> Timestamp {
-    let (seconds, nanos) = (at_ns.div_euclid(1_000_000_000), at_ns.rem_euclid(1_000_000_000));
-    Timestamp { seconds, nanos: i32::try_from(nanos).unwrap_or(0), ..Timestamp::default() }
 }
