@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Stdio};
 use std::sync::Once;
 
@@ -66,6 +67,26 @@ fn input_is_passed_on_to_its_end(release: Release) {
     wc.stdin.take().expect("it is piped").write_all(&[b'x'; 300_000]).expect("all is taken");
     let output = wc.wait_with_output().expect("ctr runs");
     assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "300000");
+    settled(&node).assert_same_as(&before);
+}
+
+/// As nerdctl takes what its containers say.
+fn a_program_takes_the_output(release: Release) {
+    let (node, before) = node(release);
+    let (program, log) = (node.directory().join("take-output"), node.directory().join("taken"));
+    let script = format!(
+        "#!/bin/sh\nexec >{}\necho \"$CONTAINER_NAMESPACE $CONTAINER_ID $*\"\nexec 5>&-\n/bin/cat <&3\n/bin/cat <&4\n",
+        log.display(),
+    );
+    fs::write(&program, script).expect("/run is writable");
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("it is ours");
+    let uri = format!("binary://{}?level=a%20b", program.display());
+    let ran = node.ctr_run(&["--log-uri", &uri], "taken", &["sh", "-c", "echo said; echo err >&2; exit 3"]);
+    assert_eq!((ran.code, ran.stdout.as_str()), (3, ""), "{ran:?}");
+    // Which ends before the container is gone.
+    assert_eq!(fs::read_to_string(&log).expect("it was written"), "default taken level a b\nsaid\nerr\n");
+    let missing = node.ctr_run(&["--log-uri", "binary:///no/such/program"], "lost", &["true"]);
+    assert!(missing.code != 0 && missing.stderr.contains("/no/such/program"), "{missing:?}");
     settled(&node).assert_same_as(&before);
 }
 
@@ -341,9 +362,9 @@ fn a_pod_is_the_same_through_all_three_doors(release: Release) {
     assert!(left.lines().all(|line| line.ends_with("/sys/fs/cgroup/pericarp/run")), "{left}");
 }
 
-#[test]
-fn a_block_snapshot_is_a_disk_of_the_guest() {
-    let (node, before) = node(Release::New);
+/// Of a snapshotter that Debian's containerd does not have.
+fn a_block_snapshot_is_a_disk_of_the_guest(release: Release) {
+    let (node, before) = node(release);
     node.ctr([
         "images",
         "pull",
@@ -361,17 +382,25 @@ fn a_block_snapshot_is_a_disk_of_the_guest() {
     assert_eq!(settled(&node).difference(&before), "", "nothing is left");
 }
 
-/// Each promise with each containerd.
+/// A test of each promise with a containerd.
 macro_rules! promises {
-    ($($promise:ident),* $(,)?) => {
-        mod debian { $( #[test] fn $promise() { super::$promise(super::Release::Debian); } )* }
-        mod new { $( #[test] fn $promise() { super::$promise(super::Release::New); } )* }
+    ($module:ident, $release:ident: $($promise:ident),* $(,)?) => {
+        mod $module { $( #[test] fn $promise() { super::$promise(super::Release::$release); } )* }
     };
 }
 
-promises! {
+/// Each promise with each containerd.
+macro_rules! promises_of_both {
+    ($($promise:ident),* $(,)?) => {
+        promises!(debian, Debian: $($promise),*);
+        promises!(new, New: $($promise),*, a_block_snapshot_is_a_disk_of_the_guest);
+    };
+}
+
+promises_of_both! {
     a_single_container_runs_in_a_guest,
     input_is_passed_on_to_its_end,
+    a_program_takes_the_output,
     what_is_written_is_in_the_snapshot,
     a_pod_runs_by_its_runtime_handler,
     exit_codes_are_told,

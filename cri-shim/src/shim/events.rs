@@ -55,7 +55,8 @@ topics! {
 #[derive(Clone, Debug)]
 pub(super) struct Events {
     queue: mpsc::Sender<Envelope>,
-    namespace: String,
+    /// containerd's, of all that this shim has.
+    pub(super) namespace: String,
 }
 
 impl Events {

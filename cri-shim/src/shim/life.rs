@@ -101,7 +101,7 @@ impl Service {
             let id = self.pods.create_container(pod, spec).await?;
             let connected = match self.pods.attach(&id, !request.stdin.is_empty()).await {
                 // Before its start, so that nothing it says is missed.
-                Ok(session) => process.connect(session).map(drop),
+                Ok(session) => process.connect(session, &self.events.namespace).await.map(drop),
                 Err(error) => Err(error),
             };
             if let Err(error) = connected {
@@ -159,7 +159,7 @@ impl Service {
             return Err(Error::FailedPrecondition(format!("exec {} has been started already", exec.id)));
         }
         let session = self.pods.exec_process(task.container()?, spec, !exec.streams.stdin.is_empty()).await?;
-        let pump = exec.connect(session)?;
+        let pump = exec.connect(session, &self.events.namespace).await?;
         exec.step(Life::Running);
         let (container_id, exec_id) = (task.id.clone(), exec.id.clone());
         let started = TaskExecStarted { container_id, exec_id, pid: task.pid, ..TaskExecStarted::default() };

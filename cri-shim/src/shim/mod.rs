@@ -15,6 +15,7 @@ mod events;
 mod forward;
 mod info;
 mod life;
+mod logger;
 mod metrics;
 mod oci;
 mod process;

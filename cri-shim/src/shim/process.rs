@@ -113,8 +113,8 @@ impl Process {
     }
 
     /// Connects its session with its streams.
-    pub(super) fn connect(&self, session: Session) -> Result<Arc<Pump>> {
-        let pump = Arc::new(Pump::start(session, &self.streams)?);
+    pub(super) async fn connect(&self, session: Session, namespace: &str) -> Result<Arc<Pump>> {
+        let pump = Arc::new(Pump::start(session, &self.streams, namespace, &self.id).await?);
         *self.lock() = Some(Arc::clone(&pump));
         Ok(pump)
     }

@@ -1,4 +1,4 @@
-//! A process's streams: between its session and the FIFOs (or files) that containerd has made for it.
+//! A process's streams: between its session and the FIFOs (or files, or a program) that containerd names for it.
 
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
@@ -8,6 +8,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe;
 use tokio::sync::{mpsc, watch};
 
+use super::logger;
 use crate::agent::{Session, SessionOutput, SessionReader, SessionWriter};
 use crate::error::{Error, IoContext, Result};
 
@@ -52,9 +53,15 @@ pub(super) struct Pump {
 }
 
 impl Pump {
-    /// Opens the streams and begins.
-    pub(super) fn start(session: Session, streams: &Streams) -> Result<Self> {
-        let (stdout, stderr) = (Sink::open(&streams.stdout)?, Sink::open(&streams.stderr)?);
+    /// Opens the streams and begins; the process has an id in one of containerd's namespaces.
+    pub(super) async fn start(session: Session, streams: &Streams, namespace: &str, id: &str) -> Result<Self> {
+        let (logger, stdout, stderr) = if streams.stdout.starts_with("binary://") {
+            // One program takes both.
+            let (logger, stdout, stderr) = logger::start(&streams.stdout, namespace, id).await?;
+            (Some(logger), Sink::Fifo(stdout), Sink::Fifo(stderr))
+        } else {
+            (None, Sink::open(&streams.stdout)?, Sink::open(&streams.stderr)?)
+        };
         let stdin = if streams.stdin.is_empty() { None } else { Some(source(&streams.stdin)?) };
         let (reader, writer) = session.split();
         let (orders, inbox) = mpsc::channel(ORDERS);
@@ -63,6 +70,9 @@ impl Pump {
         let (end, ended) = watch::channel(None);
         tokio::spawn(async move {
             let code = drain(reader, stdout, stderr, is_killed).await;
+            if let Some(logger) = logger {
+                logger.end().await;
+            }
             end.send_replace(Some(code));
         });
         Ok(Self { orders, killed, ended })
@@ -107,7 +117,7 @@ impl Sink {
             Some(("fifo" | "file", path)) => path,
             Some((scheme, _)) => {
                 return Err(Error::InvalidArgument(format!(
-                    "output to {scheme}:// is not supported: use a FIFO or file"
+                    "output to {scheme}:// is not supported: use a FIFO, file:// or binary://"
                 )));
             }
         };
