@@ -295,6 +295,9 @@ fn what_no_guest_can_have_is_refused_with_a_reason(release: Release) {
     let (node, before) = node(release);
     let host = node.ctr_run(&["--net-host"], "net", &["true"]);
     assert!(host.code != 0 && host.stderr.contains("hostNetwork"), "{host:?}");
+    let ids = "0:100000:65536";
+    let users = node.ctr_run(&["--uidmap", ids, "--gidmap", ids], "users", &["true"]);
+    assert!(users.code != 0 && users.stderr.contains("user namespaces"), "{users:?}");
     settled(&node).assert_same_as(&before);
 }
 

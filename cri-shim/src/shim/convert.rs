@@ -19,6 +19,9 @@ const ANNOTATION: &str = "io.kubernetes.cri.sandbox-";
 /// File systems that every container in a guest has anyway.
 const STANDARD: [&str; 6] = ["proc", "sysfs", "cgroup", "cgroup2", "mqueue", "devpts"];
 
+/// AppArmor profiles that containers have without asking.
+const DEFAULT_PROFILES: [&str; 4] = ["unconfined", "cri-containerd.apparmor.d", "nerdctl-default", "docker-default"];
+
 fn invalid(text: impl std::fmt::Display) -> Error {
     Error::InvalidArgument(text.to_string())
 }
@@ -98,10 +101,28 @@ fn refuse_users(linux: &oci::Linux) -> Result<()> {
     ))
 }
 
+/// What no guest has, and what a container that counts on it shall not run without.
+fn refuse_host_things(spec: &oci::Spec, process: &oci::Process) -> Result<()> {
+    let profile = process.apparmor_profile.as_str();
+    let asked = if !profile.is_empty() && !DEFAULT_PROFILES.contains(&profile) {
+        format!("the AppArmor profile {profile:?}: its kernel has no AppArmor")
+    } else if spec.hooks.values().any(|hooks| !hooks.is_empty()) {
+        "hooks, such as those of CDI devices: they are programs of the host".to_owned()
+    } else if spec.linux.resources.huge_pages.iter().any(|pages| pages.limit > 0) {
+        "huge pages of the host".to_owned()
+    } else {
+        return Ok(());
+    };
+    Err(invalid(format_args!(
+        "a container in a virtual machine cannot have {asked}; remove it, or give the pod another runtime"
+    )))
+}
+
 /// A container; `pod_pid` is the process that the pod's sandbox was said to be.
 pub(super) fn container_spec(bundle: &Bundle, id: &str, rootfs: Rootfs, pod_pid: u32) -> Result<ContainerSpec> {
     let oci::Spec { process: asked, root, mounts, linux, annotations, .. } = &bundle.spec;
     let asked = asked.as_ref().ok_or_else(|| invalid("the container's config.json names no process"))?;
+    refuse_host_things(&bundle.spec, asked)?;
     let privileged = is_privileged(&bundle.spec);
     let mut process = process(asked);
     if let Some(profile) = &linux.seccomp {
@@ -355,6 +376,29 @@ mod tests {
         );
         assert!(matches!(both, Err(Error::InvalidArgument(_))));
         assert!(mount(serde_json::json!({"destination": "/d", "type": "nfs", "source": "/s"})).is_err());
+    }
+
+    #[test]
+    fn what_only_the_host_has_is_refused_and_not_dropped() {
+        let convert = |more: serde_json::Value| {
+            let mut text = serde_json::json!({"process": {"args": ["sh"], "cwd": "/"}, "linux": {}});
+            for (key, value) in more.as_object().into_iter().flatten() {
+                text[key] = value.clone();
+            }
+            container_spec(&bundle(text), "x", Rootfs::Directory("/r".into()), 42).map(drop)
+        };
+        let pages = |limit: u64| serde_json::json!({"linux": {"resources": {"hugepageLimits": [{"pageSize": "2MB", "limit": limit}]}}});
+        let profile = |name: &str| serde_json::json!({"process": {"args": ["sh"], "apparmorProfile": name}});
+        for (more, word) in [
+            (profile("mine"), "mine"),
+            (serde_json::json!({"hooks": {"createRuntime": [{"path": "/bin/x"}]}}), "hooks"),
+            (pages(1), "huge pages"),
+        ] {
+            assert!(convert(more).expect_err(word).to_string().contains(word));
+        }
+        for more in [profile("cri-containerd.apparmor.d"), serde_json::json!({"hooks": {"poststop": []}}), pages(0)] {
+            assert_eq!(convert(more), Ok(()));
+        }
     }
 
     #[test]

@@ -15,6 +15,8 @@ pub(super) struct Spec {
     pub(super) mounts: Vec<Mount>,
     pub(super) linux: Linux,
     pub(super) annotations: BTreeMap<String, String>,
+    /// By when they are to run.
+    pub(super) hooks: BTreeMap<String, Vec<serde_json::Value>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -36,6 +38,7 @@ pub(super) struct Process {
     pub(super) rlimits: Vec<Rlimit>,
     pub(super) no_new_privileges: bool,
     pub(super) oom_score_adj: Option<i32>,
+    pub(super) apparmor_profile: String,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -113,6 +116,8 @@ pub(super) struct Device {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Resources {
+    #[serde(rename = "hugepageLimits")]
+    pub(super) huge_pages: Vec<HugePages>,
     pub(super) devices: Vec<DeviceRule>,
     pub(super) memory: Memory,
     pub(super) cpu: Cpu,
@@ -129,6 +134,12 @@ pub(super) struct DeviceRule {
     pub(super) major: Option<i64>,
     pub(super) minor: Option<i64>,
     pub(super) access: String,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct HugePages {
+    pub(super) limit: u64,
 }
 
 #[derive(Debug, Default, Deserialize)]
