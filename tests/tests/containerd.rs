@@ -298,6 +298,8 @@ fn what_no_guest_can_have_is_refused_with_a_reason(release: Release) {
     let ids = "0:100000:65536";
     let users = node.ctr_run(&["--uidmap", ids, "--gidmap", ids], "users", &["true"]);
     assert!(users.code != 0 && users.stderr.contains("user namespaces"), "{users:?}");
+    let profile = node.ctr_run(&["--apparmor-profile", "mine"], "profile", &["true"]);
+    assert!(profile.code != 0 && profile.stderr.contains("no AppArmor"), "{profile:?}");
     settled(&node).assert_same_as(&before);
 }
 
