@@ -108,9 +108,10 @@ pub struct PodIdentity {
 }
 
 impl PodIdentity {
-    /// What every line of the log carries that is written for the pod. At the highest level, so that no filter takes it off.
+    /// What every line of the log carries that is written for the pod. At the highest level, so that no filter takes it off, and of no
+    /// other span: what is done for one pod leads to more that is.
     pub(crate) fn span(&self) -> tracing::Span {
-        tracing::error_span!("pod", namespace = self.namespace, name = self.name)
+        tracing::error_span!(parent: None, "pod", namespace = self.namespace, name = self.name)
     }
 }
 
