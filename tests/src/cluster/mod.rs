@@ -1,6 +1,7 @@
 //! A whole Kubernetes of one node whose only runtime is our daemon: etcd of Debian's, all else from Kubernetes' own sources,
 //! unmodified. It is brought up once per lab.
 
+mod api;
 mod config;
 mod dns;
 mod outside;
@@ -163,12 +164,12 @@ impl Cluster {
         self.service("kubelet").start();
         self.write("proxy.yaml", &config::proxy());
         self.service("kube-proxy").start();
-        self.eventually("the node to be there", || self.kubectl(["get", "node", NODE]).code == 0);
-        self.kubectl(["wait", "--for=condition=Ready", WAIT, &format!("node/{NODE}")]).ok();
+        self.node_ready();
         step("node ready");
         let class = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/runtimeclass.yaml");
         self.kubectl(["apply", "-f", class.to_str().expect("a plain path")]).ok();
-        self.eventually("pods to be let in", || self.kubectl(["get", "serviceaccount", "default"]).code == 0);
+        let account = "/api/v1/namespaces/default/serviceaccounts/default";
+        self.eventually("pods to be let in", || !self.at(account).is_null());
     }
 
     fn make_certificates(&self) {
@@ -250,7 +251,14 @@ impl Cluster {
         services.iter().for_each(Service::start);
         wait_until("pericarpd to answer", || self.crictl(["version"]).code == 0);
         self.eventually("the kubelet to say that it lives", || ![&before, &Value::Null].contains(&&lease()));
-        self.kubectl(["wait", "--for=condition=Ready", WAIT, &format!("node/{NODE}")]).ok();
+        self.node_ready();
+    }
+
+    #[track_caller]
+    fn node_ready(&self) {
+        let is_ready = |condition: &Value| condition["type"] == "Ready" && condition["status"] == "True";
+        let conditions = || self.at(&format!("/api/v1/nodes/{NODE}"))["status"]["conditions"].clone();
+        self.eventually("the node to be ready", || conditions().as_array().into_iter().flatten().any(is_ready));
     }
 
     /// Where the test's own files are.
@@ -339,33 +347,6 @@ impl Cluster {
         command.args(["--config", "/dev/null", "--timeout", "240s", "--runtime-endpoint", &endpoint]);
         command.args(["--image-endpoint", &endpoint]);
         run(command.args(arguments))
-    }
-
-    /// Makes an object, or several in a `List`, be as written.
-    #[track_caller]
-    pub fn apply(&self, object: &Value) {
-        let file = self.write("object.json", &object.to_string());
-        self.kubectl(["apply", "-f", &file]).ok();
-    }
-
-    /// What the API has at a path; `Null` if nothing. By kubectl's proxy, since the start of a kubectl for each look would take the
-    /// lab's processor from what is looked at.
-    pub fn at(&self, path: &str) -> Value {
-        let url = format!("http://{PROXY}{path}");
-        let answer = run(Command::new("curl").args(["-sfg", "--max-time", "30", &url]));
-        serde_json::from_str(&answer.stdout).unwrap_or_default()
-    }
-
-    /// An object as it is.
-    #[track_caller]
-    pub fn object(&self, kind: &str, name: &str) -> Value {
-        self.kubectl(["get", kind, name, "-o", "json"]).json()
-    }
-
-    /// Removes an object, which is gone then.
-    #[track_caller]
-    pub fn delete(&self, kind: &str, name: &str) {
-        self.kubectl(["delete", kind, name, "--ignore-not-found", WAIT]).ok();
     }
 
     /// Everything that pods could leave behind here; images stay.

@@ -5,7 +5,7 @@ use std::fs;
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use super::{Cluster, WAIT};
+use super::Cluster;
 use crate::image;
 use crate::node::{Call, merge};
 
@@ -65,22 +65,24 @@ impl<'c> Pod<'c> {
     /// Waits until it is ready.
     #[track_caller]
     pub fn ready(&self) {
-        self.wait_for("condition=Ready");
+        let is_ready = |condition: &Value| condition["type"] == "Ready" && condition["status"] == "True";
+        self.wait_for("to be ready", |status| status["conditions"].as_array().into_iter().flatten().any(is_ready));
     }
 
     /// Waits until it has ended well.
     #[track_caller]
     pub fn succeeded(&self) {
-        self.wait_for("jsonpath={.status.phase}=Succeeded");
+        self.wait_for("to have ended well", |status| status["phase"] == "Succeeded");
     }
 
     #[track_caller]
-    fn wait_for(&self, what: &str) {
-        let waited = self.cluster.kubectl(["wait", &format!("--for={what}"), WAIT, &format!("pod/{}", self.name)]);
-        if waited.code != 0 {
-            let described = self.cluster.kubectl(["describe", "pod", &self.name]).stdout;
-            panic!("{}: {}\n{described}\n{}", self.name, waited.stderr, self.cluster.what_happened());
-        }
+    fn wait_for(&self, what: &str, is_so: impl Fn(&Value) -> bool) {
+        let mut status = Value::Null;
+        self.cluster.eventually(&format!("{} {what}", self.name), || {
+            status = self.object()["status"].clone();
+            is_so(&status) || status["phase"] == "Failed"
+        });
+        assert!(is_so(&status), "{}: {status}\n{}", self.name, self.events());
     }
 
     /// As it is now.
@@ -162,14 +164,7 @@ impl Drop for Pod<'_> {
         if self.kept {
             return;
         }
-        let _ = self.cluster.kubectl([
-            "delete",
-            "pod",
-            &self.name,
-            "--ignore-not-found",
-            "--wait=false",
-            "--grace-period=1",
-        ]);
+        self.cluster.start_to_delete("pod", &self.name, "&gracePeriodSeconds=1");
     }
 }
 

@@ -76,28 +76,27 @@ fn the_overhead_of_the_class_is_no_less_than_what_a_pod_takes() {
 #[test]
 fn quotas_count_the_overhead() {
     let cluster = Cluster::get();
-    cluster.kubectl(["create", "namespace", "quota"]).ok();
-    cluster.eventually("pods to be let in", || cluster.kubectl(["-n", "quota", "get", "sa", "default"]).code == 0);
+    cluster.apply(&json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "quota"}}));
+    cluster
+        .eventually("pods to be let in", || !cluster.at("/api/v1/namespaces/quota/serviceaccounts/default").is_null());
     let over = overhead_mib(&cluster);
     cluster.apply(&json!({
         "apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "quota", "namespace": "quota"},
         "spec": {"hard": {"requests.memory": format!("{}Mi", 100 + over)}},
     }));
     let pod = |name: &str, memory: &str| {
-        let pod = json!({
+        cluster.try_apply(&json!({
             "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": "quota"},
             "spec": {"runtimeClassName": "pericarp", "containers": [container("c", &limited(memory, "10m"))]},
-        });
-        let file = cluster.write("quota-pod.json", &pod.to_string());
-        cluster.kubectl(["create", "--dry-run=none", "-f", &file])
+        }))
     };
     let used =
-        || cluster.kubectl(["-n", "quota", "get", "resourcequota", "quota", "-o", "jsonpath={.status.used}"]).stdout;
-    cluster.eventually("the quota to be counted", || used().contains("requests.memory"));
-    let refused = pod("large", "101Mi").refused();
+        || cluster.at("/api/v1/namespaces/quota/resourcequotas/quota")["status"]["used"]["requests.memory"].clone();
+    cluster.eventually("the quota to be counted", || !used().is_null());
+    let refused = pod("large", "101Mi").expect_err("it is too large by 1 MiB");
     assert!(refused.contains("exceeded quota"), "{refused}");
-    pod("fits", "100Mi").ok();
-    cluster.eventually("the pod to be counted", || used().contains(&format!("{}Mi", 100 + over)));
+    pod("fits", "100Mi").expect("it fits");
+    cluster.eventually("the pod to be counted", || used() == format!("{}Mi", 100 + over));
     cluster.delete("namespace", "quota");
 }
 
@@ -235,7 +234,7 @@ fn too_little_memory_evicts_who_took_it() {
     let cluster = Cluster::get();
     let modest = Pod::run(&cluster, "modest", &json!({"containers": [container("c", &limited("64Mi", "10m"))]}));
     let available = || {
-        let summary = cluster.kubectl(["get", "--raw", "/api/v1/nodes/node1/proxy/stats/summary"]).json();
+        let summary = cluster.at("/api/v1/nodes/node1/proxy/stats/summary");
         summary["node"]["memory"]["availableBytes"].as_u64().unwrap_or_else(|| panic!("{}", summary["node"])) / MIB
     };
     let least = available() - 300;
@@ -260,8 +259,9 @@ fn too_little_memory_evicts_who_took_it() {
     assert_eq!(modest.object()["status"]["phase"], "Running");
     greedy.remove();
     cluster.restart_kubelet_with(&Value::Null);
-    let pressure = "jsonpath={.status.conditions[?(@.type==\"MemoryPressure\")].status}";
     cluster.eventually("the pressure to be over", || {
-        cluster.kubectl(["get", "node", "node1", "-o", pressure]).stdout == "False"
+        let conditions = cluster.object("node", "node1")["status"]["conditions"].clone();
+        let of_memory = conditions.as_array().into_iter().flatten().find(|one| one["type"] == "MemoryPressure");
+        of_memory.is_some_and(|condition| condition["status"] == "False")
     });
 }
