@@ -11,7 +11,7 @@ STATIC_BIN := target/$(TARGET)/release
 ROOT := target/root
 LAB := tests/lab/lab
 
-.PHONY: demo test test-all test-host test-lab test-containerd test-kubernetes lab-containerd-debian lab-containerd-new lab-containerd-short lab-conformance lab-a lab-b lab-boot fuzz-smoke conformance bench build install lint setup programs static-programs kernel initrd clean
+.PHONY: demo test test-all test-host test-lab test-containerd test-kubernetes lab-containerd-debian lab-containerd-new lab-containerd-short lab-conformance lab-a lab-b lab-boot fuzz-smoke conformance bench build install lint setup programs static-programs kernel initrd clean lab-kubernetes
 
 ## What is built
 
@@ -133,6 +133,13 @@ KUBERNETES := kubelet kube-apiserver kube-scheduler kube-controller-manager kube
 # $(call in_cluster,LAB-OPTIONS,TEST,FILTER)
 in_cluster = CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='$(CURDIR)/$(LAB) --memory 8192 --timeout 5400 $(1) --' \
 	cargo test --locked -p pericarp-tests --test $(2) -- --test-threads 1 $(3)
+
+# Of it what tells most in a quarter of an hour.
+KUBERNETES_FIRST := node_is_ready deployment_is_ready both_at_once a_vm_that_dies services_of_both names_are_found rules_at_the_hosts \
+	block_device config_maps limits_change ephemeral_storage events_say init_containers probes_by_exec exec_gives
+
+lab-kubernetes:
+	$(call in_cluster,,kubernetes,$(KUBERNETES_FIRST))
 
 test-kubernetes: $(ROOT)
 	tests/lab/images >/dev/null
