@@ -86,12 +86,12 @@ IN_GUEST := PERICARP_VMM=$(LIB)/pericarp-vmm PERICARP_KERNEL=$(LIB)/vmlinux PERI
 
 test-lab: $(ROOT)
 	tests/lab/images >/dev/null
-	tests/lab/go-tools crictl critest ginkgo >/dev/null
+	tests/lab/go-tools crictl critest ginkgo containerd ctr >/dev/null
 	cargo test --locked -p pericarp-tests -p pericarp-init --no-run
 	cargo test --locked -p pericarp-tests --test panics
 	cargo build --release --locked -p cri-shim --features kill-points --bin pericarpd
 	install -Dt target/kill-points $(HOST_BIN)/pericarpd
-	$(MAKE) --no-print-directory --keep-going --jobs 2 lab-conformance lab-a lab-b lab-boot
+	$(MAKE) --no-print-directory --keep-going --jobs 2 lab-conformance lab-a lab-b lab-containerd-short lab-boot
 
 lab-conformance:
 	tests/conformance/run
