@@ -134,7 +134,7 @@ KUBERNETES := kubelet kube-apiserver kube-scheduler kube-controller-manager kube
 in_cluster = CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='$(CURDIR)/$(LAB) --memory 8192 --timeout 5400 $(1) --' \
 	cargo test --locked -p pericarp-tests --test $(2) -- --test-threads 1 $(3)
 
-# Of it what tells most in a quarter of an hour.
+# Of it what tells most; it wants what test-kubernetes prepares.
 KUBERNETES_FIRST := node_is_ready deployment_is_ready both_at_once a_vm_that_dies services_of_both names_are_found rules_at_the_hosts \
 	block_device config_maps limits_change ephemeral_storage events_say init_containers probes_by_exec exec_gives
 
