@@ -256,9 +256,7 @@ impl Cluster {
 
     #[track_caller]
     fn node_ready(&self) {
-        let is_ready = |condition: &Value| condition["type"] == "Ready" && condition["status"] == "True";
-        let conditions = || self.at(&format!("/api/v1/nodes/{NODE}"))["status"]["conditions"].clone();
-        self.eventually("the node to be ready", || conditions().as_array().into_iter().flatten().any(is_ready));
+        self.eventually("the node to be ready", || is_ready(&self.at(&format!("/api/v1/nodes/{NODE}"))["status"]));
     }
 
     /// Where the test's own files are.
@@ -353,4 +351,10 @@ impl Cluster {
     pub fn inventory(&self) -> Inventory {
         Inventory::take(&[&self.directory.join("state")])
     }
+}
+
+/// Whether the status of a node or pod says that it is ready.
+fn is_ready(status: &Value) -> bool {
+    let ready = |condition: &Value| condition["type"] == "Ready" && condition["status"] == "True";
+    status["conditions"].as_array().into_iter().flatten().any(ready)
 }

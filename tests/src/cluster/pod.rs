@@ -5,7 +5,7 @@ use std::fs;
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use super::Cluster;
+use super::{Cluster, is_ready};
 use crate::image;
 use crate::node::{Call, merge};
 
@@ -65,8 +65,7 @@ impl<'c> Pod<'c> {
     /// Waits until it is ready.
     #[track_caller]
     pub fn ready(&self) {
-        let is_ready = |condition: &Value| condition["type"] == "Ready" && condition["status"] == "True";
-        self.wait_for("to be ready", |status| status["conditions"].as_array().into_iter().flatten().any(is_ready));
+        self.wait_for("to be ready", is_ready);
     }
 
     /// Waits until it has ended well.
