@@ -23,6 +23,7 @@ mod record;
 mod scratch;
 pub mod seccomp;
 pub mod shim;
+mod snapshot;
 pub mod spans;
 pub mod spawner;
 pub mod spec;

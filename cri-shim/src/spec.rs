@@ -72,7 +72,7 @@ impl ContainerSpec {
     pub fn images(&self) -> impl Iterator<Item = &str> {
         let root = match &self.rootfs {
             Rootfs::Image(root) => Some(root.as_str()),
-            Rootfs::Directory(_) | Rootfs::Disk(_) => None,
+            Rootfs::Directory { .. } | Rootfs::Disk(_) => None,
         };
         let mounted = self.mounts.iter().filter_map(|mount| match &mount.source {
             MountSource::Image(image) => Some(image.as_str()),
@@ -248,7 +248,12 @@ pub enum Rootfs {
     /// An image of the store, by its id (`sha256:…`).
     Image(String),
     /// A directory of the host, which takes what is written.
-    Directory(PathBuf),
+    Directory {
+        /// Where it is.
+        path: PathBuf,
+        /// Owners are shown as those of the pod's user namespace; else they are those already.
+        mapped: bool,
+    },
     /// A file or block device of the host that holds an ext4 file system, which takes what is written.
     Disk(PathBuf),
 }

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io::Write;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::process::{Command, Stdio};
 use std::sync::Once;
 
@@ -387,6 +387,34 @@ fn a_block_snapshot_is_a_disk_of_the_guest(release: Release) {
     assert_eq!(settled(&node).difference(&before), "", "nothing is left");
 }
 
+/// As a kubelet asks for it where a pod has `hostUsers: false`, which Debian's containerd does not know.
+fn a_pod_has_users_of_its_own(release: Release) {
+    let (node, before) = node(release);
+    let mapping = json!([{"host_id": 70_000, "container_id": 0, "length": 65_536}]);
+    let users = json!({"userns_options": {"mode": 0, "uids": mapping, "gids": mapping}});
+    let linux = json!({"security_context": {"namespace_options": users}});
+    let pod = node.run_pod("users", &linux);
+    let volume = node.directory().join("users-volume");
+    fs::create_dir_all(&volume).expect("/run is writable");
+    fs::write(volume.join("of-the-host"), "").expect("/run is writable");
+    let mount =
+        json!({"host_path": volume, "container_path": "/volume", "uidMappings": mapping, "gidMappings": mapping});
+    let config = json!({"linux": linux, "mounts": [mount]});
+    let script = "awk '{print $1, $2, $3}' /proc/self/uid_map; stat -c '%u %g' / /bin /proc/self /volume/of-the-host
+        touch /bin/new /volume/new; stat -c '%u %g' /bin/new; adduser -D -u 1000 u; su u -c 'touch /tmp/mine; stat -c %u /tmp/mine'";
+    let id = node.run_container(&pod, "users", "c", &["sh", "-c", script], &config);
+    assert_eq!(node.exited(&id)["exitCode"], 0);
+    let log = fs::read_to_string(node.directory().join("log/users/c.log")).expect("it has a log");
+    let said: Vec<_> = log.lines().map(|line| line.splitn(4, ' ').nth(3).unwrap_or_default()).collect();
+    let expected = ["0 70000 65536", "0 0", "0 0", "0 0", "0 0", "0 0", "1000"];
+    assert_eq!(said, expected, "owners are those of the namespace");
+    let owner = fs::metadata(volume.join("new")).expect("the container made it").uid();
+    assert_eq!(owner, 0, "a volume's files keep the owners that they have in the container");
+    fs::remove_dir_all(&volume).expect("it is ours");
+    node.remove_pod(&pod);
+    settled(&node).assert_same_as(&before);
+}
+
 /// A test of each promise with a containerd.
 macro_rules! promises {
     ($module:ident, $release:ident: $($promise:ident),* $(,)?) => {
@@ -398,7 +426,9 @@ macro_rules! promises {
 macro_rules! promises_of_both {
     ($($promise:ident),* $(,)?) => {
         promises!(debian, Debian: $($promise),*);
-        promises!(new, New: $($promise),*, a_block_snapshot_is_a_disk_of_the_guest);
+        promises!(
+            new, New: $($promise),*, a_block_snapshot_is_a_disk_of_the_guest, a_pod_has_users_of_its_own,
+        );
     };
 }
 

@@ -9,6 +9,7 @@
 //! outside is one of a known few, except for the names of pods that run.
 
 mod boots;
+pub(crate) mod cadvisor;
 pub mod server;
 mod snapshot;
 

@@ -53,7 +53,7 @@ impl Owner {
         let shares = self.plan_shares(&spec).await?;
         let image_id = match &spec.rootfs {
             Rootfs::Image(id) => id.clone(),
-            Rootfs::Directory(_) | Rootfs::Disk(_) => String::new(),
+            Rootfs::Directory { .. } | Rootfs::Disk(_) => String::new(),
         };
         let life = Life::Creating;
         let created_at_ns = clock::realtime_ns();

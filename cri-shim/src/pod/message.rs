@@ -131,7 +131,8 @@ fn rootfs(record: &Record, container: &ContainerRecord) -> Result<v1::Rootfs> {
     let missing = || Error::Internal("the container's root file system is not there".into());
     match &container.spec.rootfs {
         Rootfs::Image(image) => rootfs.layers.push(image_range(record, image)?),
-        Rootfs::Directory(_) => {
+        Rootfs::Directory { mapped, .. } => {
+            rootfs.mapped = *mapped;
             rootfs.shared = Some(shared(record, *container.shares.get(ROOT).ok_or_else(missing)?)?);
         }
         Rootfs::Disk(_) => {

@@ -66,7 +66,7 @@ fn shared_mounts(spec: &ContainerSpec) -> Result<Vec<MountSpec>> {
 
 /// A root file system that is a directory of the host, as the mount that it is.
 fn root_mount(spec: &ContainerSpec) -> Option<MountSpec> {
-    let Rootfs::Directory(directory) = &spec.rootfs else { return None };
+    let Rootfs::Directory { path: directory, .. } = &spec.rootfs else { return None };
     Some(MountSpec {
         destination: ROOT.into(),
         source: MountSource::Host(directory.clone()),

@@ -3,15 +3,16 @@
 use std::fs;
 use std::path::Path;
 
+use containerd_shim_protos::types::mount::Mount;
+
 use super::bundle::{Bundle, Role};
 use super::oci;
-use crate::defaults;
 use crate::error::{Error, Result};
-use crate::seccomp;
 use crate::spec::{
-    Capabilities, ContainerSpec, DeviceSpec, MountSource, MountSpec, NetworkSource, PidNamespace, PodIdentity, PodSpec,
-    ProcessSpec, Resources, Rootfs,
+    Capabilities, ContainerSpec, DeviceSpec, IdMapping, MountSource, MountSpec, NetworkSource, PidNamespace,
+    PodIdentity, PodSpec, ProcessSpec, Resources, Rootfs, UserMappings,
 };
+use crate::{defaults, seccomp, snapshot};
 
 /// Of annotations that containerd's CRI gives a sandbox.
 const ANNOTATION: &str = "io.kubernetes.cri.sandbox-";
@@ -29,7 +30,6 @@ fn invalid(text: impl std::fmt::Display) -> Error {
 /// The pod that a sandbox or a container alone stands for.
 pub(super) fn pod_spec(bundle: &Bundle, id: &str) -> Result<PodSpec> {
     let oci::Spec { hostname, linux, annotations, .. } = &bundle.spec;
-    refuse_users(linux)?;
     let note = |name: &str| annotations.get(&format!("{ANNOTATION}{name}")).cloned().unwrap_or_default();
     let name = Some(note("name")).filter(|name| !name.is_empty()).unwrap_or_else(|| id.to_owned());
     let asked = match bundle.role() {
@@ -53,6 +53,7 @@ pub(super) fn pod_spec(bundle: &Bundle, id: &str) -> Result<PodSpec> {
         // Those that want it say so one by one.
         share_pid_namespace: true,
         network: network(&linux.namespaces)?,
+        users: users(linux),
         ..PodSpec::default()
     })
 }
@@ -91,14 +92,22 @@ fn network(namespaces: &[oci::Namespace]) -> Result<NetworkSource> {
     }
 }
 
-/// The owners of a snapshot's files, and of volumes, would have to be mapped as containerd means it.
-fn refuse_users(linux: &oci::Linux) -> Result<()> {
-    if linux.uids.is_empty() && linux.gids.is_empty() {
-        return Ok(());
-    }
-    Err(invalid(
-        "user namespaces (hostUsers: false) are not supported through containerd: the pod has a kernel of its own",
-    ))
+/// The user namespace of the pod, which is one of its guest.
+fn users(linux: &oci::Linux) -> Option<UserMappings> {
+    let mappings = |list: &[oci::IdMapping]| {
+        let one =
+            |one: &oci::IdMapping| IdMapping { container_id: one.container_id, host_id: one.host_id, length: one.size };
+        list.iter().map(one).collect()
+    };
+    let users = UserMappings { uids: mappings(&linux.uids), gids: mappings(&linux.gids) };
+    (users != UserMappings::default()).then_some(users)
+}
+
+/// What a snapshot consists of.
+pub(super) fn mounts(asked: &[Mount]) -> Vec<snapshot::Mount> {
+    let mount =
+        |Mount { type_, source, target, options, .. }: Mount| snapshot::Mount { kind: type_, source, target, options };
+    asked.iter().cloned().map(mount).collect()
 }
 
 /// What no guest has, and what a container that counts on it shall not run without.
@@ -135,7 +144,7 @@ pub(super) fn container_spec(bundle: &Bundle, id: &str, rootfs: Rootfs, pod_pid:
         image_name: annotations.get("io.kubernetes.cri.image-name").cloned().unwrap_or_default(),
         read_only_rootfs: root.readonly,
         process,
-        mounts: mounts.iter().filter_map(|mount| self::mount(mount).transpose()).collect::<Result<_>>()?,
+        mounts: mounts.iter().filter_map(|mount| self::mount(mount, linux).transpose()).collect::<Result<_>>()?,
         devices: devices(linux, privileged),
         resources: resources(&linux.resources),
         pid_namespace: pid_namespace(&linux.namespaces, pod_pid)?,
@@ -203,8 +212,8 @@ fn pid_namespace(namespaces: &[oci::Namespace], pod_pid: u32) -> Result<PidNames
     Err(invalid(format_args!("{} is the PID namespace of another pod", namespace.path.display())))
 }
 
-fn mount(asked: &oci::Mount) -> Result<Option<MountSpec>> {
-    let oci::Mount { destination, kind, source, options } = asked;
+fn mount(asked: &oci::Mount, linux: &oci::Linux) -> Result<Option<MountSpec>> {
+    let oci::Mount { destination, kind, source, options, uids, gids } = asked;
     let has = |name: &str| options.iter().any(|option| option == name);
     let source = match kind.as_str() {
         kind if STANDARD.contains(&kind) => return Ok(None),
@@ -222,13 +231,19 @@ fn mount(asked: &oci::Mount) -> Result<Option<MountSpec>> {
             "mount at {destination}: mounts of a guest cannot propagate to the host: use mountPropagation None or HostToContainer"
         )));
     }
+    let mapped = !(uids.is_empty() && gids.is_empty());
+    if mapped && (uids, gids) != (&linux.uids, &linux.gids) {
+        return Err(invalid(format_args!(
+            "mount at {destination}: its owners are mapped otherwise than by the container's user namespace"
+        )));
+    }
     Ok(Some(MountSpec {
         destination: destination.clone(),
         source,
         image_sub_path: String::new(),
         read_only: has("ro") || has("rro"),
         recursive_read_only: has("rro"),
-        mapped: false,
+        mapped,
         host_to_container: has("slave") || has("rslave"),
     }))
 }
@@ -313,6 +328,10 @@ mod tests {
         Bundle { path: PathBuf::from("/run/x"), spec: serde_json::from_value(text).expect("valid") }
     }
 
+    fn root() -> Rootfs {
+        Rootfs::Directory { path: "/r".into(), mapped: false }
+    }
+
     fn namespaces(network: &str) -> serde_json::Value {
         serde_json::json!([{"type": "pid"}, {"type": "ipc"}, {"type": "network", "path": network}])
     }
@@ -355,7 +374,8 @@ mod tests {
 
     #[test]
     fn what_every_guest_has_is_left_out_of_mounts() {
-        let mount = |text: serde_json::Value| mount(&serde_json::from_value(text).expect("valid"));
+        let linux = oci::Linux::default();
+        let mount = |text: serde_json::Value| mount(&serde_json::from_value(text).expect("valid"), &linux);
         let none = [
             serde_json::json!({"destination": "/proc", "type": "proc", "source": "proc"}),
             serde_json::json!({"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["size=65536k"]}),
@@ -379,13 +399,32 @@ mod tests {
     }
 
     #[test]
+    fn a_user_namespace_is_the_pods_and_that_of_its_mounts() {
+        let mapping = |host: u32| serde_json::json!([{"containerID": 0, "hostID": host, "size": 65536}]);
+        let text = serde_json::json!({
+            "linux": {"namespaces": namespaces(""), "uidMappings": mapping(70_000), "gidMappings": mapping(70_000)},
+        });
+        let users = pod_spec(&bundle(text.clone()), "x").expect("converts").users.expect("has some");
+        let expected = vec![IdMapping { container_id: 0, host_id: 70_000, length: 65536 }];
+        assert_eq!((users.uids, users.gids), (expected.clone(), expected));
+        let linux = bundle(text).spec.linux;
+        let mapped = |host: u32| {
+            let text = serde_json::json!({"destination": "/d", "type": "bind", "source": "/s", "options": ["rbind"],
+                "uidMappings": mapping(host), "gidMappings": mapping(host)});
+            mount(&serde_json::from_value(text).expect("valid"), &linux)
+        };
+        assert!(mapped(70_000).expect("converts").expect("is one").mapped);
+        assert!(matches!(mapped(80_000), Err(Error::InvalidArgument(_))));
+    }
+
+    #[test]
     fn what_only_the_host_has_is_refused_and_not_dropped() {
         let convert = |more: serde_json::Value| {
             let mut text = serde_json::json!({"process": {"args": ["sh"], "cwd": "/"}, "linux": {}});
             for (key, value) in more.as_object().into_iter().flatten() {
                 text[key] = value.clone();
             }
-            container_spec(&bundle(text), "x", Rootfs::Directory("/r".into()), 42).map(drop)
+            container_spec(&bundle(text), "x", root(), 42).map(drop)
         };
         let pages = |limit: u64| serde_json::json!({"linux": {"resources": {"hugepageLimits": [{"pageSize": "2MB", "limit": limit}]}}});
         let profile = |name: &str| serde_json::json!({"process": {"args": ["sh"], "apparmorProfile": name}});
@@ -411,7 +450,7 @@ mod tests {
                 "linux": {"namespaces": [{"type": "pid", "path": "/proc/42/ns/pid"}]},
             }))
         };
-        let convert = |bundle: &Bundle, pid| container_spec(bundle, "x", Rootfs::Directory("/r".into()), pid);
+        let convert = |bundle: &Bundle, pid| container_spec(bundle, "x", root(), pid);
         let open = convert(&spec("rw"), 42).expect("converts");
         assert!(open.privileged && open.pid_namespace == PidNamespace::Pod);
         assert_eq!((open.process.user.as_str(), open.process.gid), ("7", Some(8)));

@@ -10,12 +10,13 @@ use containerd_shim_protos::protobuf::Message;
 
 use super::arguments::Arguments;
 use super::bundle::{self, Bundle};
+use super::config;
 use super::process::timestamp;
 use super::serve::{core_name, images};
-use super::{config, rootfs};
 use crate::clock;
 use crate::config::Config;
 use crate::own_core::{self, OwnCore};
+use crate::snapshot;
 use crate::spawner::Spawner;
 
 /// Exit code of a container that ended with its shim: that of SIGKILL.
@@ -37,7 +38,7 @@ pub(super) fn delete(arguments: &Arguments) -> Result<()> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         runtime.context("starting the runtime")?.block_on(remove(&config, &name, spawner))?;
     }
-    rootfs::unmount(&path)?;
+    snapshot::unmount(&path)?;
     remove_socket(&path);
     let exited_at = Some(timestamp(clock::realtime_ns())).into();
     let response = DeleteResponse { exit_status: KILLED_CODE, exited_at, ..DeleteResponse::default() };

@@ -39,7 +39,7 @@ fn features() -> serde_json::Value {
         "ociVersionMax": "1.2.1",
         "mountOptions": ["bind", "nodev", "noexec", "nosuid", "private", "rbind", "ro", "rprivate", "rro", "rslave", "rw", "slave"],
         "linux": {
-            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"],
+            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "user", "uts"],
             "capabilities": defaults::all_capabilities().bounding,
             "cgroup": {"v1": false, "v2": true, "systemd": false, "systemdUser": false, "rdma": false},
             "seccomp": {
@@ -52,7 +52,7 @@ fn features() -> serde_json::Value {
             },
             "apparmor": {"enabled": false},
             "selinux": {"enabled": false},
-            "mountExtensions": {"idmap": {"enabled": false}},
+            "mountExtensions": {"idmap": {"enabled": true}},
         },
     })
 }

@@ -10,13 +10,15 @@ use containerd_shim_protos::events::task::{
 };
 
 use super::bundle::{Bundle, Role};
+use super::convert;
 use super::process::{Exit, Life, Process};
 use super::service::{NO_CHECKPOINTS, Service};
-use super::stdio::{Order, Streams};
 use super::task::Task;
-use super::{convert, forward, rootfs};
 use crate::error::{Error, Result};
+use crate::snapshot;
 use crate::spec::{NetworkSource, ProcessSpec};
+use crate::streaming::loopback;
+use crate::streaming::stdio::{Order, Streams};
 
 /// Exit code of what ended by SIGKILL.
 const KILLED_CODE: i32 = 128 + libc::SIGKILL;
@@ -70,7 +72,7 @@ impl Service {
             let (pods, pod) = (self.pods.clone(), pod.clone());
             // Nobody forwards a port before the pod is known to run, and all else of it works without.
             tokio::spawn(async move {
-                if let Err(error) = forward::start(&pods, &pod, netns).await {
+                if let Err(error) = loopback::forward(&pods, &pod, netns).await {
                     tracing::warn!(%error, "ports of the pod cannot be forwarded");
                 }
             });
@@ -88,7 +90,7 @@ impl Service {
     ) -> Result<String> {
         let pid = self.pods.pod(pod)?.vmm_pid.unwrap_or(0);
         let made = async {
-            let root = rootfs::prepare(bundle, &request.rootfs)?;
+            let root = snapshot::prepare(&bundle.path, &bundle.spec.root.path, &convert::mounts(&request.rootfs))?;
             let mut spec = convert::container_spec(bundle, &request.id, root, pid)?;
             // containerd does not say which attempt a container is, and keeps those that ended for a while.
             let others = self.pods.containers();
@@ -112,7 +114,7 @@ impl Service {
         };
         let made = made.await;
         if made.is_err() {
-            rootfs::unmount(&bundle.path)?;
+            snapshot::unmount(&bundle.path)?;
         }
         made
     }
@@ -221,7 +223,7 @@ impl Service {
         if let Some(pod) = &task.pod {
             self.pods.remove_pod(pod).await?;
         }
-        rootfs::unmount(&task.bundle)?;
+        snapshot::unmount(&task.bundle)?;
         self.tasks().remove(&task.id);
         let (container_id, pid, exit_status, exited_at) = (task.id.clone(), task.pid, exit.status(), exit.at());
         self.events.tell(TaskDelete { container_id, pid, exit_status, exited_at, ..TaskDelete::default() }).await;

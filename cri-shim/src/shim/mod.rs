@@ -12,18 +12,14 @@ mod convert;
 mod delete;
 mod error;
 mod events;
-mod forward;
 mod info;
 mod life;
-mod logger;
 mod metrics;
 mod oci;
 mod process;
-mod rootfs;
 mod serve;
 mod service;
 mod start;
-mod stdio;
 mod task;
 
 use std::path::Path;

@@ -66,23 +66,36 @@ pub(super) struct Rlimit {
     pub(super) hard: u64,
 }
 
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+pub(super) struct IdMapping {
+    #[serde(rename = "containerID")]
+    pub(super) container_id: u32,
+    #[serde(rename = "hostID")]
+    pub(super) host_id: u32,
+    pub(super) size: u32,
+}
+
 #[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
+#[serde(default)]
 pub(super) struct Mount {
     pub(super) destination: String,
     #[serde(rename = "type")]
     pub(super) kind: String,
     pub(super) source: PathBuf,
     pub(super) options: Vec<String>,
+    #[serde(rename = "uidMappings")]
+    pub(super) uids: Vec<IdMapping>,
+    #[serde(rename = "gidMappings")]
+    pub(super) gids: Vec<IdMapping>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub(super) struct Linux {
     #[serde(rename = "uidMappings")]
-    pub(super) uids: Vec<serde_json::Value>,
+    pub(super) uids: Vec<IdMapping>,
     #[serde(rename = "gidMappings")]
-    pub(super) gids: Vec<serde_json::Value>,
+    pub(super) gids: Vec<IdMapping>,
     pub(super) sysctl: BTreeMap<String, String>,
     pub(super) resources: Resources,
     pub(super) cgroups_path: String,

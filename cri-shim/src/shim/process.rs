@@ -7,11 +7,11 @@ use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::watch;
 
-use super::stdio::{Order, Pump, Streams};
 use crate::agent::Session;
 use crate::clock;
 use crate::error::{Error, Result};
 use crate::spec::ProcessSpec;
+use crate::streaming::stdio::{Order, Pump, Streams};
 
 /// How long the rest of a process's output may take to be taken, once it has ended.
 const OUTPUT_LIMIT: Duration = Duration::from_secs(10);

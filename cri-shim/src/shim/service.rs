@@ -19,11 +19,11 @@ use tokio::sync::watch;
 
 use super::events::Events;
 use super::process::{Life, Process};
-use super::stdio::{Order, Streams};
 use super::task::Task;
 use super::{convert, metrics, oci};
 use crate::error::{Error, Result};
 use crate::pod::Pods;
+use crate::streaming::stdio::{Order, Streams};
 
 /// Of what containerd may ask for all the same.
 pub(super) const NO_CHECKPOINTS: &str = "checkpoints of virtual machines are not supported";

@@ -6,13 +6,19 @@
 //!                             ├──▶ [command]: exec and attach, one agent session
 //!                             └──▶ [forward]: ports of the guest's loopback, one agent session per connection
 //! ```
+//! A shim's clients come without a server: by FIFOs, files or a program ([stdio], [logger]), and by dialling the loopback of the
+//! pod's network namespace on the host ([loopback]).
+//!
 //! Bytes are passed on as they are taken: who reads slowly is waited for, and nothing is kept for them. A client that
 //! vanishes takes its sessions with it, and with an exec's session goes its process.
 
 mod command;
 mod forward;
 mod http;
+mod logger;
+pub(crate) mod loopback;
 mod spdy;
+pub(crate) mod stdio;
 mod token;
 mod websocket;
 

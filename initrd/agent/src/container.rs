@@ -130,12 +130,12 @@ impl Holdings {
         users: Option<&UserSpace>,
     ) -> Result<Base, Fault> {
         if let Some(shared) = &rootfs.shared {
-            return Ok(Base::Directory(shared_path(shared)?));
+            return Ok(Base::Directory { path: shared_path(shared)?, mapped: rootfs.mapped });
         }
         if let Some(range) = &rootfs.disk {
             let path = disk.acquire_root(range)?;
             self.0.push(Held::Disk(range.clone()));
-            return Ok(Base::Directory(path));
+            return Ok(Base::Directory { path, mapped: false });
         }
         let mut lowers = Vec::new();
         for range in &rootfs.layers {

@@ -121,7 +121,11 @@ pub(crate) enum Base {
         writable: PathBuf,
     },
     /// A directory that takes what is written.
-    Directory(PathBuf),
+    Directory {
+        path: PathBuf,
+        /// Owners are to be shown as those of the pod's user namespace; else they are those already.
+        mapped: bool,
+    },
 }
 
 /// Everything a container's mount namespace will hold.
@@ -252,12 +256,12 @@ impl Base {
     fn mount(&self, users: Option<BorrowedFd<'_>>) -> Result<(), RootError> {
         match self {
             Self::Overlay { lowers, writable } => mount_overlay(lowers, writable, users),
-            Self::Directory(path) => bind(path, users).map_err(place("mount", "/")),
+            Self::Directory { path, mapped } => bind(path, users.filter(|_| *mapped)).map_err(place("mount", "/")),
         }
     }
 }
 
-/// A directory as the container's root, its owners those of a user namespace.
+/// A directory as the container's root, its owners those of a user namespace if there is one.
 fn bind(path: &Path, users: Option<BorrowedFd<'_>>) -> io::Result<()> {
     let taken = clone_mount(path)?;
     if let Some(users) = users {

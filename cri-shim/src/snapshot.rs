@@ -1,16 +1,14 @@
-//! A container's root file system as its snapshotter describes it: mounted in the bundle, from where the guest shares it,
-//! or a disk that the guest mounts itself.
+//! A container's root file system as containerd's snapshotters describe it: mounted in the container's bundle, from where the
+//! guest shares it, or a disk that the guest mounts itself.
 
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, lchown};
 use std::path::{Path, PathBuf};
 use std::{fs, thread};
 
-use containerd_shim_protos::types::mount::Mount;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 
-use super::bundle::Bundle;
 use crate::error::{Error, IoContext, Result};
 use crate::spec::Rootfs;
 
@@ -20,40 +18,72 @@ const PLACE: &str = "rootfs";
 /// Bytes of options that mount(2) takes: a page.
 const OPTION_BYTES: usize = 4096;
 
-/// Makes it; [`unmount`] undoes it.
-pub(super) fn prepare(bundle: &Bundle, mounts: &[Mount]) -> Result<Rootfs> {
+/// How owners are to be shown mapped (`uidmap=INSIDE:OUTSIDE:LENGTH`, and as many as there are).
+const UIDS: &str = "uidmap=";
+
+/// The same for groups.
+const GIDS: &str = "gidmap=";
+
+/// One of the mounts that a snapshot consists of (containerd's `types.Mount`).
+#[derive(Clone, Debug)]
+pub(crate) struct Mount {
+    pub(crate) kind: String,
+    pub(crate) source: String,
+    /// Below the root of the others.
+    pub(crate) target: String,
+    pub(crate) options: Vec<String>,
+}
+
+/// Makes the root file system of a bundle; [`unmount`] undoes it. Without mounts it is the directory that the bundle names.
+pub(crate) fn prepare(bundle: &Path, root: &Path, mounts: &[Mount]) -> Result<Rootfs> {
     if let [only] = mounts
         && let Some(disk) = disk(only)
     {
         return Ok(Rootfs::Disk(disk));
     }
-    let place = bundle.path.join(PLACE);
+    let place = bundle.join(PLACE);
     if mounts.is_empty() {
         // Somebody else's directory, or one that containerd has mounted.
-        return Ok(Rootfs::Directory(bundle.path.join(&bundle.spec.root.path)));
+        return Ok(Rootfs::Directory { path: bundle.join(root), mapped: false });
     }
     fs::create_dir_all(&place).doing(|| format!("making {}", place.display()))?;
     for asked in mounts {
         let target = place.join(asked.target.trim_start_matches('/'));
         mount_one(asked, &target).map_err(|error| {
-            Error::io(
-                format_args!("mounting {} {:?} on {}", asked.type_, asked.source, target.display()),
-                &error.into(),
-            )
+            Error::io(format_args!("mounting {} {:?} on {}", asked.kind, asked.source, target.display()), &error.into())
         })?;
     }
-    Ok(Rootfs::Directory(place))
+    // Owners are mapped in the guest, whose user namespace it is.
+    let mapped = mounts.iter().any(|asked| asked.options.iter().any(|option| option.starts_with(UIDS)));
+    if mapped {
+        give_back(&place, mounts).doing(|| format!("giving {} to its own root", place.display()))?;
+    }
+    Ok(Rootfs::Directory { path: place, mapped })
+}
+
+/// The root directory itself is new, and belongs already to whom its owner would be mapped to.
+fn give_back(place: &Path, mounts: &[Mount]) -> std::io::Result<()> {
+    let options = || mounts.iter().flat_map(|asked| &asked.options);
+    let first = |name: &str| options().find_map(|option| outside(option.strip_prefix(name)?));
+    let found = fs::metadata(place)?;
+    let inside = |owner: u32, name: &str| owner.checked_sub(first(name).unwrap_or(0));
+    lchown(place, inside(found.uid(), UIDS), inside(found.gid(), GIDS))
+}
+
+/// The number outside to which the mapping that begins at root maps it.
+fn outside(mappings: &str) -> Option<u32> {
+    mappings.split(',').find_map(|mapping| mapping.strip_prefix("0:")?.split(':').next()?.parse().ok())
 }
 
 /// A disk that a guest can mount: ext4 in a file or block device, to be written to.
 fn disk(asked: &Mount) -> Option<PathBuf> {
     let found = fs::metadata(&asked.source).ok()?.file_type();
-    let fits = asked.type_ == "ext4" && (found.is_file() || found.is_block_device());
+    let fits = asked.kind == "ext4" && (found.is_file() || found.is_block_device());
     (fits && !asked.options.iter().any(|option| option == "ro")).then(|| PathBuf::from(&asked.source))
 }
 
 /// Takes everything off that is mounted in a bundle.
-pub(super) fn unmount(bundle: &Path) -> Result<()> {
+pub(crate) fn unmount(bundle: &Path) -> Result<()> {
     let place = bundle.join(PLACE);
     loop {
         match umount2(&place, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
@@ -79,10 +109,11 @@ fn mount_one(asked: &Mount, target: &Path) -> nix::Result<()> {
             "relatime" => flags |= MsFlags::MS_RELATIME,
             // The copy that the guest shares has a propagation of its own.
             "private" | "rprivate" | "slave" | "rslave" | "shared" | "rshared" => {}
+            mapping if mapping.starts_with(UIDS) || mapping.starts_with(GIDS) => {}
             _ => data.push(option.clone()),
         }
     }
-    let (source, kind) = (asked.source.clone(), asked.type_.clone());
+    let (source, kind) = (asked.source.clone(), asked.kind.clone());
     let (target, (directory, data)) = (target.to_owned(), shorten(&kind, &data));
     let again = flags.contains(MsFlags::MS_BIND | MsFlags::MS_RDONLY).then_some(flags | MsFlags::MS_REMOUNT);
     // In a thread of its own, whose working directory nobody else has.
@@ -121,6 +152,11 @@ fn common(paths: &[&Path]) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_mapping_tells_whom_root_is_mapped_to() {
+        assert_eq!(["0:65536:65536", "5:9:1,0:7:5", "5:9:1", ""].map(outside), [Some(65536), Some(7), None, None]);
+    }
 
     #[test]
     fn many_layers_are_named_from_where_they_all_are() {

@@ -26,16 +26,16 @@ const KILLED_LIMIT: Duration = Duration::from_secs(1);
 
 /// Where a process's streams lead; empty is nowhere.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Streams {
-    pub(super) stdin: String,
-    pub(super) stdout: String,
-    pub(super) stderr: String,
-    pub(super) terminal: bool,
+pub(crate) struct Streams {
+    pub(crate) stdin: String,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+    pub(crate) terminal: bool,
 }
 
 /// What a session can be told beside its input.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Order {
+pub(crate) enum Order {
     /// Standard input ends after what is there of it.
     CloseStdin,
     /// The terminal's columns and rows.
@@ -46,7 +46,7 @@ pub(super) enum Order {
 
 /// A session that is pumped.
 #[derive(Debug)]
-pub(super) struct Pump {
+pub(crate) struct Pump {
     orders: mpsc::Sender<Order>,
     killed: watch::Sender<bool>,
     ended: watch::Receiver<Option<i32>>,
@@ -54,7 +54,7 @@ pub(super) struct Pump {
 
 impl Pump {
     /// Opens the streams and begins; the process has an id in one of containerd's namespaces.
-    pub(super) async fn start(session: Session, streams: &Streams, namespace: &str, id: &str) -> Result<Self> {
+    pub(crate) async fn start(session: Session, streams: &Streams, namespace: &str, id: &str) -> Result<Self> {
         let (logger, stdout, stderr) = if streams.stdout.starts_with("binary://") {
             // One program takes both.
             let (logger, stdout, stderr) = logger::start(&streams.stdout, namespace, id).await?;
@@ -79,18 +79,18 @@ impl Pump {
     }
 
     /// Gives an order; a session that has ended does not hear it.
-    pub(super) async fn order(&self, order: Order) {
+    pub(crate) async fn order(&self, order: Order) {
         let _ = self.orders.send(order).await;
     }
 
     /// Waits until all output has been taken; the exit code as the session told it, or that of SIGKILL.
-    pub(super) async fn ended(&self) -> i32 {
+    pub(crate) async fn ended(&self) -> i32 {
         let ended = self.ended.clone().wait_for(Option::is_some).await.ok().and_then(|code| *code);
         ended.unwrap_or(KILLED_CODE)
     }
 
     /// From now on nobody need take the output any more, and no input is waited with.
-    pub(super) fn killed(&self) {
+    pub(crate) fn killed(&self) {
         self.killed.send_replace(true);
     }
 }

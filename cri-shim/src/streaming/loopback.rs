@@ -15,7 +15,7 @@ use crate::pod::Pods;
 const CHUNK_BYTES: usize = 32 << 10;
 
 /// Begins to forward what is dialled in a pod's namespace, as long as this process lives.
-pub(super) async fn start(pods: &Pods, pod: &str, netns: PathBuf) -> Result<()> {
+pub(crate) async fn forward(pods: &Pods, pod: &str, netns: PathBuf) -> Result<()> {
     let made = tokio::task::spawn_blocking(move || loopback::redirect(&Netns::at(netns))).await;
     let failed = |error: &dyn std::fmt::Display| Error::Internal(format!("forwarding ports: {error}"));
     for listener in made.map_err(|error| failed(&error))?.map_err(|error| failed(&error))? {
@@ -29,7 +29,7 @@ async fn accept(pods: Pods, pod: String, listener: TcpListener) {
     while let Ok((stream, _)) = listener.accept().await {
         let (pods, pod) = (pods.clone(), pod.clone());
         tokio::spawn(async move {
-            if let Err(error) = forward(&pods, &pod, stream).await {
+            if let Err(error) = carry(&pods, &pod, stream).await {
                 tracing::debug!(%error, "a forwarded connection has ended");
             }
         });
@@ -37,7 +37,7 @@ async fn accept(pods: Pods, pod: String, listener: TcpListener) {
 }
 
 /// Carries one connection, until both directions have ended.
-async fn forward(pods: &Pods, pod: &str, mut stream: TcpStream) -> Result<()> {
+async fn carry(pods: &Pods, pod: &str, mut stream: TcpStream) -> Result<()> {
     let port = loopback::dialled(&stream).doing(|| "finding the port that was dialled")?;
     let (mut output, mut input) = pods.port_forward(pod, port).await?.split();
     let (mut from, mut to) = stream.split();
