@@ -164,6 +164,11 @@ impl Root {
         let picked = self.pick_up(users)?;
         let shm = clone_mount(Path::new(SHM)).map_err(place("take", SHM))?;
         pivot()?;
+        // There the guest's root is nobody, to whom nothing can belong.
+        let nobody = users.is_some() && matches!(self.base, Base::Directory { mapped: true, .. });
+        if nobody {
+            sys::create_as(self.owners.root).map_err(place("make files in", "/"))?;
+        }
         self.mount_standard(&shm)?;
         for (mount, source) in self.mounts.iter().zip(picked) {
             mount.attach(source, self.owners)?;
@@ -176,6 +181,9 @@ impl Root {
         if self.read_only {
             let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
             mount(NONE, "/", NONE, flags, NONE).map_err(step("make the root read-only"))?;
+        }
+        if nobody {
+            sys::create_as((0, 0)).map_err(place("make files in", "/"))?;
         }
         umask(Mode::from_bits_truncate(0o022));
         Ok(())

@@ -378,6 +378,15 @@ pub(crate) fn set_dumpable(dumpable: bool) -> io::Result<()> {
     prctl(libc::PR_SET_DUMPABLE, c_ulong::from(dumpable))
 }
 
+/// Makes what this thread creates from here on belong to a user and a group, all that it may do left to it (setfsuid(2), and
+/// capabilities(7) of `SECBIT_NO_SETUID_FIXUP`).
+pub(crate) fn create_as((uid, gid): (u32, u32)) -> io::Result<()> {
+    prctl(libc::PR_SET_SECUREBITS, libc::SECBIT_NO_SETUID_FIXUP.try_into().unwrap_or_default())?;
+    nix::unistd::setfsgid(gid.into());
+    nix::unistd::setfsuid(uid.into());
+    prctl(libc::PR_SET_SECUREBITS, 0)
+}
+
 /// Keeps the permitted capabilities over the next setuid.
 pub(crate) fn keep_capabilities() -> io::Result<()> {
     prctl(libc::PR_SET_KEEPCAPS, 1)
