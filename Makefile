@@ -121,7 +121,7 @@ lab-containerd-debian lab-containerd-new:
 
 # Of the newer one the promises that tell most in less than four minutes.
 CONTAINERD_SHORT := a_single_container_runs a_pod_runs_by_its_runtime_handler a_container_out_of_memory ports_are_forwarded a_program_takes_the_output \
-	a_killed_shim_leaves_nothing containerd_may_be_killed a_block_snapshot what_no_guest_can_have
+	a_killed_shim_leaves_nothing containerd_may_be_killed a_block_snapshot a_pod_has_users what_no_guest_can_have
 
 lab-containerd-short:
 	tests/lab/go-tools crictl containerd ctr >/dev/null

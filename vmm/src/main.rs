@@ -1,11 +1,13 @@
 //! `pericarp-vmm`: one virtual machine, from a configuration on standard input to an exit code that says how it ended.
 #![deny(clippy::print_stderr, clippy::print_stdout)]
+#![no_main]
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
+use nix::sys::signal::{SigHandler, Signal, signal};
 use pericarp_vmm::bus::Bus;
 use pericarp_vmm::config::{self, ConfigError, Setup};
 use pericarp_vmm::counters::{Counters, Stats};
@@ -56,12 +58,19 @@ impl StartError {
     }
 }
 
-fn main() {
+/// Called by the C library. Rust's own start would have each thread set up a stack for the signal of a stack that overflows, by some
+/// system calls that nothing else here needs. What it does besides is done here.
+#[unsafe(no_mangle)]
+#[expect(unsafe_code, reason = "the C library's name for it, and a signal's disposition")]
+extern "C" fn main() -> std::ffi::c_int {
     let started = notes::now();
-    let code = run(started).unwrap_or_else(|error| {
-        complain(describe(&error));
-        error.exit_code()
-    });
+    // SAFETY: no handler is installed.
+    let ignored = unsafe { signal(Signal::SIGPIPE, SigHandler::SigIgn) };
+    let code =
+        ignored.map_err(|error| StartError::Host(error.into())).and_then(|_| run(started)).unwrap_or_else(|error| {
+            complain(describe(&error));
+            error.exit_code()
+        });
     std::process::exit(code);
 }
 

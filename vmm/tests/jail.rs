@@ -13,7 +13,7 @@ use vmm_control::{EventKind, ShutdownReason, exit, last_event};
 const CALLS: i64 = 480;
 
 /// Most calls that a VMM may make, in all of its threads together.
-const MOST: usize = 44;
+const MOST: usize = 40;
 
 /// Names the call that a child process makes.
 const CALL: &str = "PERICARP_TEST_CALL";

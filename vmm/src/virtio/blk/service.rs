@@ -73,7 +73,7 @@ impl<'a, 'm> Service<'a, 'm> {
         self.flights.submit()?;
         self.tell()?;
         if lingers {
-            Pace::pause();
+            self.pace.linger();
         }
         Ok(wait)
     }

@@ -14,12 +14,13 @@
 //! never waits.
 
 use std::collections::VecDeque;
-use std::io::{self, Write};
+use std::io;
 use std::net::Shutdown;
 use std::ops::Range;
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
+use nix::errno::Errno;
 use vmm_sys_util::epoll::EventSet;
 
 use super::credit::Credit;
@@ -160,7 +161,8 @@ impl Connection {
         self.deadline = None;
         if let Endpoint::Client(stream) = &mut self.endpoint {
             // The socket's buffer is empty, so it takes the line whole, or the client is gone.
-            if stream.write_all(format!("OK {}\n", ports.host).as_bytes()).is_err() {
+            let line = format!("OK {}\n", ports.host);
+            if nix::unistd::write(stream, line.as_bytes()) != Ok(line.len()) {
                 self.stop_receiving();
             }
         }
@@ -223,14 +225,14 @@ impl Connection {
         while let Endpoint::Client(stream) = &mut self.endpoint
             && !self.buffer.is_empty()
         {
-            match stream.write(self.buffer.as_slices().0) {
+            match nix::unistd::write(stream, self.buffer.as_slices().0) {
                 Ok(0) => self.stop_receiving(),
                 Ok(count) => {
                     self.buffer.drain(..count.min(self.buffer.len()));
                     self.credit.forward(count);
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(Errno::EAGAIN) => break,
+                Err(Errno::EINTR) => {}
                 Err(_) => self.stop_receiving(),
             }
         }
