@@ -53,7 +53,7 @@ pub(super) fn pod_spec(bundle: &Bundle, id: &str) -> Result<PodSpec> {
         // Those that want it say so one by one.
         share_pid_namespace: true,
         network: network(&linux.namespaces)?,
-        users: users(linux),
+        users: users(linux)?,
         ..PodSpec::default()
     })
 }
@@ -92,15 +92,22 @@ fn network(namespaces: &[oci::Namespace]) -> Result<NetworkSource> {
     }
 }
 
-/// The user namespace of the pod, which is one of its guest.
-fn users(linux: &oci::Linux) -> Option<UserMappings> {
+/// The user namespace of the pod, which is one of its guest. It has a root, to whom what is made for containers belongs.
+fn users(linux: &oci::Linux) -> Result<Option<UserMappings>> {
     let mappings = |list: &[oci::IdMapping]| {
         let one =
             |one: &oci::IdMapping| IdMapping { container_id: one.container_id, host_id: one.host_id, length: one.size };
         list.iter().map(one).collect()
     };
     let users = UserMappings { uids: mappings(&linux.uids), gids: mappings(&linux.gids) };
-    (users != UserMappings::default()).then_some(users)
+    if users == UserMappings::default() {
+        return Ok(None);
+    }
+    let has_root = |list: &[IdMapping]| list.iter().any(|one| one.container_id == 0 && one.length > 0);
+    if !(has_root(&users.uids) && has_root(&users.gids)) {
+        return Err(invalid("the user namespace maps no root: uidMappings and gidMappings are to map container ID 0"));
+    }
+    Ok(Some(users))
 }
 
 /// What a snapshot consists of.
@@ -407,6 +414,9 @@ mod tests {
         let users = pod_spec(&bundle(text.clone()), "x").expect("converts").users.expect("has some");
         let expected = vec![IdMapping { container_id: 0, host_id: 70_000, length: 65536 }];
         assert_eq!((users.uids, users.gids), (expected.clone(), expected));
+        let mut without_root = text.clone();
+        without_root["linux"]["uidMappings"][0]["containerID"] = 1.into();
+        assert!(matches!(pod_spec(&bundle(without_root), "x"), Err(Error::InvalidArgument(_))));
         let linux = bundle(text).spec.linux;
         let mapped = |host: u32| {
             let text = serde_json::json!({"destination": "/d", "type": "bind", "source": "/s", "options": ["rbind"],
