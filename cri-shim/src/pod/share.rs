@@ -1,8 +1,8 @@
 //! Directories and files of the host that containers share with it, by the pod's file server (`pericarp-fs`).
 //!
 //! The server is started with the first of them, and a virtio-fs device plugged in for it. Each is a mount of its own in
-//! the server's mount namespace, known by a number. What is small, read-only and has nothing mounted below it needs
-//! none of this: it is copied into the guest ([`super::files`]).
+//! the server's mount namespace, known by a number. Volumes whose files only a kubelet changes, and all at once, need none of this:
+//! they are copied into the guest ([`super::files`]).
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -31,6 +31,9 @@ use crate::volume::{self, Volume};
 /// same, as nobody on the host reads them afterwards.
 const ALWAYS_COPIED: [&str; 3] = ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf"];
 
+/// The link by which a kubelet exchanges the files of a volume, which tells those that it does so with (Kubernetes, `AtomicWriter`).
+const EXCHANGED: &str = "..data";
+
 /// The descriptor by which a file server knows its socket.
 const SERVER_SOCKET: i32 = 3;
 
@@ -44,11 +47,13 @@ fn is_shared(mount: &MountSpec, source: &Path) -> Result<bool> {
     if kind.is_socket() || kind.is_fifo() || kind.is_block_device() || kind.is_char_device() {
         return Err(volume::refusal(source));
     }
-    if found.is_file() && ALWAYS_COPIED.contains(&mount.destination.as_str()) && files::is_small(source)? {
-        return Ok(false);
-    }
-    let plain = mount.read_only && !mount.host_to_container;
-    Ok(!(plain && files::is_small(source)? && !(found.is_dir() && volume::has_mounts_below(source)?)))
+    let is_copied = if found.is_dir() {
+        let plain = mount.read_only && !mount.host_to_container && source.join(EXCHANGED).is_symlink();
+        plain && files::is_small(source)? && !volume::has_mounts_below(source)?
+    } else {
+        ALWAYS_COPIED.contains(&mount.destination.as_str()) && files::is_small(source)?
+    };
+    Ok(!is_copied)
 }
 
 /// The mounts of a container that are shared.
@@ -205,25 +210,27 @@ mod tests {
     }
 
     #[test]
-    fn only_small_read_only_trees_are_copied() {
+    fn what_a_kubelet_exchanges_is_copied_if_it_is_small_and_read_only() {
         let dir = tempfile::tempdir().expect("a directory");
         let shared = |mount: &MountSpec| is_shared(mount, dir.path()).expect("looks");
         let plain = mount("/data", dir.path());
+        assert!(shared(&plain), "anybody may write there meanwhile");
+        fs::create_dir(dir.path().join("..1")).expect("makes");
+        std::os::unix::fs::symlink("..1", dir.path().join(EXCHANGED)).expect("links");
         assert!(!shared(&plain));
         assert!(shared(&MountSpec { read_only: false, ..plain.clone() }));
         assert!(shared(&MountSpec { host_to_container: true, ..plain.clone() }));
-        fs::write(dir.path().join("large"), vec![0; 2 << 20]).expect("writes");
+        fs::write(dir.path().join("..1/large"), vec![0; 2 << 20]).expect("writes");
         assert!(shared(&plain));
-        assert!(is_shared(&mount("/host", Path::new("/")), Path::new("/")).expect("looks"), "it has mounts below");
     }
 
     #[test]
-    fn a_writable_file_is_shared_but_those_of_every_pod() {
+    fn a_file_is_shared_but_those_of_every_pod() {
         let file = tempfile::NamedTempFile::new().expect("a file");
         let writable = |place: &str| MountSpec { read_only: false, ..mount(place, file.path()) };
         assert!(is_shared(&writable("/dev/termination-log"), file.path()).expect("looks"));
         assert!(!is_shared(&writable("/etc/hosts"), file.path()).expect("looks"));
-        assert!(!is_shared(&mount("/config", file.path()), file.path()).expect("looks"));
+        assert!(is_shared(&mount("/config", file.path()), file.path()).expect("looks"));
     }
 
     #[test]
