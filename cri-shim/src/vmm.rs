@@ -245,7 +245,7 @@ fn program(config: &CoreConfig, launch: Launch<'_>) -> Result<Program> {
         memory_mib: launch.frame.boot_mib,
         room_mib: launch.frame.room_mib,
         console: Console::Ring,
-        disks: vec![Disk { capacity_bytes: POD_DISK_BYTES, extents: vec![extent] }],
+        disks: vec![Disk { capacity_bytes: POD_DISK_BYTES, extents: vec![extent], limits: config.disk_limits() }],
         nets: launch.tap.map(|tap| Net { tap: fds.give(tap), mac: BOOT_MAC }).into_iter().collect(),
         vsock: Some(Vsock { listener: fds.give(listener(dir, &dir.vsock(), SockType::Stream)?) }),
         rng: true,

@@ -4,8 +4,9 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
-use pericarp_tests::{Call, Node, image};
+use pericarp_tests::{Call, Node, Settings, image};
 use serde_json::{Value, json};
 
 const BYTES: u64 = 16 << 20;
@@ -135,4 +136,26 @@ fn a_block_device_in_use_is_refused_with_the_reason() {
     for pod in [pod, second] {
         node.remove_pod(&pod);
     }
+}
+
+#[test]
+fn a_pods_disk_is_as_slow_as_it_is_said_to_be() {
+    const PER_S: u64 = 40;
+    let keys = format!("disk_requests_per_s = {PER_S}\n");
+    let node = Node::start_with(&Settings { keys, ..Settings::default() });
+    node.crictl(["pull", image::BUSYBOX]).ok();
+    let pod = node.run_pod("slow", &Value::Null);
+    let container = node.run_container(&pod, "slow", "c", image::BUSYBOX, &["sleep", "1000"]);
+    let requests = || {
+        let inspected = node.pericarp(["inspect", "-o", "json", &pod]).json();
+        inspected["counters"]["disk0.requests"].as_u64().unwrap_or_else(|| panic!("{inspected}"))
+    };
+    // Each write waits until it is on the disk.
+    let (before, began) = (requests(), Instant::now());
+    node.crictl(sh(&container, "for i in $(seq 40); do echo $i > /file; sync; done")).ok();
+    let (made, took) = (requests() - before, began.elapsed());
+    assert!(made >= 40, "{made}");
+    let paid = Duration::from_millis((made - 1) * 1000 / PER_S).saturating_sub(Duration::from_millis(100));
+    assert!(took >= paid, "{made} requests in {took:?}");
+    node.remove_pod(&pod);
 }

@@ -15,7 +15,7 @@ use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bin
 use pericarp_tests::{Node, image, wait_until};
 use serde_json::json;
 use tempfile::TempDir;
-use vmm_control::{Client, Config, Console, Disk, EventKind, Extent, ShutdownReason, Vsock, read_events};
+use vmm_control::{Client, Config, Console, Disk, DiskLimits, EventKind, Extent, ShutdownReason, Vsock, read_events};
 
 /// Bytes of the guest's disk.
 const DISK_BYTES: u64 = 1 << 20;
@@ -162,7 +162,7 @@ fn config(mode: &str, path: &dyn Fn(&str) -> PathBuf, given: &mut Given) -> Conf
         memory_mib: 64,
         room_mib: 128,
         console: Console::Serial { input: None },
-        disks: vec![Disk { capacity_bytes: DISK_BYTES, extents: vec![extent] }],
+        disks: vec![Disk { capacity_bytes: DISK_BYTES, extents: vec![extent], limits: DiskLimits::default() }],
         nets: Vec::new(),
         vsock: Some(Vsock { listener: given.give(UnixListener::bind(path("vsock")).expect("binds")) }),
         rng: true,

@@ -11,7 +11,7 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use nix::errno::Errno;
 use nix::sys::stat::{FileStat, SFlag, fstat};
 use thiserror::Error;
-use vmm_control::{CONFIG_VERSION, Config, Console, Disk, Extent, Net, exit};
+use vmm_control::{CONFIG_VERSION, Config, Console, Disk, DiskLimits, Extent, Net, exit};
 
 use crate::memory;
 
@@ -92,6 +92,8 @@ pub struct DiskSetup {
     pub capacity_bytes: u64,
     /// Extents and their files.
     pub extents: Vec<(Extent, File)>,
+    /// How much the guest may do with it.
+    pub limits: DiskLimits,
 }
 
 /// A checked configuration that owns its descriptors; the fields are those of [`Config`].
@@ -227,7 +229,7 @@ impl Inherited {
         for extent in disk.extents {
             extents.push((extent, self.take("a disk's extent", extent.file, Kind::Storage)?.into()));
         }
-        Ok(DiskSetup { capacity_bytes: disk.capacity_bytes, extents })
+        Ok(DiskSetup { capacity_bytes: disk.capacity_bytes, extents, limits: disk.limits })
     }
 }
 

@@ -121,7 +121,7 @@ impl Devices {
     /// Plugs in a disk.
     pub fn add_disk(&mut self, disk: DiskSetup, ring: Option<blk::Ring>) -> Result<(), DeviceSetupError> {
         let name = format!("disk{}", self.disks.len());
-        let (info, backend, handle) = blk::device(name, disk.capacity_bytes, disk.extents, ring)?;
+        let (info, backend, handle) = blk::device(name, disk, ring)?;
         self.disks.push(handle.clone());
         self.plug(info, Box::new(backend), Box::new(move || handle.counters())).map(drop)
     }

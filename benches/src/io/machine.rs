@@ -10,7 +10,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use anyhow::{Context, Result, bail};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::unistd::pipe;
-use vmm_control::{CONFIG_VERSION, Config, Console, Disk, Extent, Net, SECTOR_BYTES, Vsock};
+use vmm_control::{CONFIG_VERSION, Config, Console, Disk, DiskLimits, Extent, Net, SECTOR_BYTES, Vsock};
 
 use super::jobs::Job;
 use super::peer::{Peer, Way};
@@ -191,7 +191,7 @@ fn pericarp(place: &Place, directory: &Path, disk: &Path) -> Result<Started> {
         memory_mib: MEMORY_MIB,
         room_mib: 0,
         console: Console::Serial { input: Some(given.give(typed)?) },
-        disks: vec![Disk { capacity_bytes: DISK_BYTES, extents: vec![extent] }],
+        disks: vec![Disk { capacity_bytes: DISK_BYTES, extents: vec![extent], limits: DiskLimits::default() }],
         nets: vec![Net { tap: given.give(tap::open(OURS.tap)?)?, mac: [2, 0, 0, 0, 0, 1] }],
         vsock: Some(Vsock { listener: given.give(UnixListener::bind(directory.join("vsock"))?)? }),
         rng: false,

@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use vmm_control::DiskLimits;
 
 use crate::pod_dir::PodDir;
 
@@ -40,6 +41,10 @@ pub struct CoreConfig {
     pub max_memory_mib: u32,
     /// Virtual CPUs that a pod can grow to while it runs; 0 is twice what it starts with, as far as the host has them.
     pub max_vcpus: u8,
+    /// Requests of a pod's disk in a second; 0 is as many as can be.
+    pub disk_requests_per_s: u64,
+    /// Bytes that a pod's disk reads and writes in a second; 0 is as many as can be.
+    pub disk_bytes_per_s: u64,
 }
 
 impl Default for CoreConfig {
@@ -59,11 +64,18 @@ impl Default for CoreConfig {
             guest_overhead_mib: 64,
             max_memory_mib: 0,
             max_vcpus: 0,
+            disk_requests_per_s: 0,
+            disk_bytes_per_s: 0,
         }
     }
 }
 
 impl CoreConfig {
+    /// What a pod may do with its disk.
+    pub fn disk_limits(&self) -> DiskLimits {
+        DiskLimits { requests_per_s: self.disk_requests_per_s, bytes_per_s: self.disk_bytes_per_s }
+    }
+
     /// Directory of all pods' state.
     pub fn pods_dir(&self) -> PathBuf {
         self.state_dir.join("pods")

@@ -6,9 +6,10 @@ use std::sync::OnceLock;
 
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
+use pericarp_vmm::config::DiskSetup;
 use pericarp_vmm::virtio::blk;
 use pericarp_vmm::virtio::testing::{Guest, Part, SEAM, run_once};
-use vmm_control::Extent;
+use vmm_control::{DiskLimits, Extent};
 
 /// Requests are built in this much memory, where two regions meet.
 const AREA: u64 = 4096;
@@ -33,7 +34,7 @@ fuzz_target!(|input: Input| {
     let extent = |first_sector, read_only| Extent { first_sector, sectors: 64, read_only, file: -1 };
     let [scratch, image] = files().each_ref().map(|file| file.try_clone().unwrap());
     let extents = vec![(extent(0, false), scratch), (extent(64, true), image)];
-    let (info, mut disk, _) = blk::device("disk0".into(), 160 * 512, extents, blk::Ring::new()).unwrap();
+    let (info, mut disk, _) = blk::device("disk0".into(), DiskSetup { capacity_bytes: 160 * 512, extents, limits: DiskLimits::default() }, blk::Ring::new()).unwrap();
     guest.write(SEAM - AREA / 2, &input.memory[..input.memory.len().min(4096)]);
     let (mut driver, queue) = guest.queue(64);
     for (n, (header, parts)) in input.chains.iter().enumerate() {

@@ -103,6 +103,19 @@ pub struct Disk {
     /// Extents present at boot; they may not overlap. Sectors outside every extent answer with I/O errors.
     #[serde(default)]
     pub extents: Vec<Extent>,
+    /// How much the guest may do with it.
+    #[serde(default)]
+    pub limits: DiskLimits,
+}
+
+/// How much may be done with a disk in a second, on average; what is 0 is not limited.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DiskLimits {
+    /// Requests of any kind.
+    pub requests_per_s: u64,
+    /// Bytes read and written.
+    pub bytes_per_s: u64,
 }
 
 /// A run of a disk's sectors that is backed by a host file from its beginning.

@@ -253,7 +253,11 @@ impl Guest {
             memory_mib: 256,
             room_mib: 0,
             console: vmm_control::Console::Ring,
-            disks: vec![Disk { capacity_bytes: vmm_control::POD_DISK_BYTES, extents }],
+            disks: vec![Disk {
+                capacity_bytes: vmm_control::POD_DISK_BYTES,
+                extents,
+                limits: vmm_control::DiskLimits::default(),
+            }],
             nets: Vec::new(),
             vsock: Some(Vsock { listener: inherited(&vsock) }),
             rng: true,

@@ -18,6 +18,7 @@
 
 mod disk;
 mod flight;
+mod limit;
 mod pace;
 mod request;
 mod service;
@@ -41,12 +42,14 @@ use self::disk::Disk;
 pub use self::disk::DiskError;
 use self::flight::Flights;
 pub use self::flight::Ring;
+use self::limit::Limit;
 use self::request::RANGES;
 use self::service::Service;
 use super::counters::{Snapshot, counters};
 use super::device::{Active, Backend, DeviceConfig, DeviceError, DeviceInfo};
 use super::inbox::{AskError, Asker, Inbox};
 use super::poller::{Poller, Wait};
+use crate::config::DiskSetup;
 
 /// Entries of the request queue.
 const QUEUE_SIZE: u16 = 256;
@@ -121,16 +124,13 @@ pub struct Blk {
     disk: Disk,
     inbox: Questions,
     counters: Arc<Counters>,
+    limit: Limit,
     ring: Option<Ring>,
 }
 
 /// Makes a disk with its first extents. Without a `ring` each request is waited for before the next one is looked at.
-pub fn device(
-    name: String,
-    capacity_bytes: u64,
-    extents: Vec<(Extent, File)>,
-    ring: Option<Ring>,
-) -> Result<(DeviceInfo, Blk, Handle), DiskError> {
+pub fn device(name: String, setup: DiskSetup, ring: Option<Ring>) -> Result<(DeviceInfo, Blk, Handle), DiskError> {
+    let DiskSetup { capacity_bytes, extents, limits } = setup;
     let mut disk = Disk::new(capacity_bytes)?;
     for (extent, file) in extents {
         disk.add(&extent, file)?;
@@ -138,7 +138,7 @@ pub fn device(
     let (asker, inbox) = Inbox::new()?;
     let counters = Arc::<Counters>::default();
     let handle = Handle { asker, counters: Arc::clone(&counters) };
-    Ok((info(name, capacity_bytes), Blk { disk, inbox, counters, ring }, handle))
+    Ok((info(name, capacity_bytes), Blk { disk, inbox, counters, limit: Limit::new(limits), ring }, handle))
 }
 
 fn info(name: String, capacity: u64) -> DeviceInfo {
@@ -195,7 +195,7 @@ impl Backend for Blk {
     fn run(&mut self, active: &mut Active, stop: &EventFd) -> Result<(), DeviceError> {
         let queue = active.queues.first_mut().ok_or(DeviceError::Driver("the disk has no queue"))?;
         let flights = Flights::new(&active.memory, self.ring.take());
-        let mut service = Service::new(&mut self.disk, &self.counters, queue, &active.memory, flights);
+        let mut service = Service::new(&mut self.disk, &self.counters, &mut self.limit, queue, &active.memory, flights);
         let result = serve(&mut service, &self.inbox, stop);
         self.ring = service.into_ring();
         result

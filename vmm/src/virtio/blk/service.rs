@@ -7,6 +7,7 @@ use vmm_sys_util::epoll::EventSet;
 use super::Counters;
 use super::disk::{Disk, Job};
 use super::flight::{Flight, Flights, Ring};
+use super::limit::Limit;
 use super::pace::Pace;
 use super::request::{Request, RequestError, status_offset, status_ok};
 use crate::virtio::buffers::{Buffers, gather};
@@ -19,6 +20,7 @@ const BATCH: usize = 32;
 pub(super) struct Service<'a, 'm> {
     pub(super) disk: &'a mut Disk,
     counters: &'a Counters,
+    limit: &'a mut Limit,
     queue: &'a mut ActiveQueue,
     memory: &'m GuestMemoryMmap,
     flights: Flights<'m>,
@@ -33,12 +35,13 @@ impl<'a, 'm> Service<'a, 'm> {
     pub(super) fn new(
         disk: &'a mut Disk,
         counters: &'a Counters,
+        limit: &'a mut Limit,
         queue: &'a mut ActiveQueue,
         memory: &'m GuestMemoryMmap,
         flights: Flights<'m>,
     ) -> Self {
         let (readable, pace) = (Buffers::new(memory), Pace::new());
-        Self { disk, counters, queue, memory, flights, readable, pace, answered: false }
+        Self { disk, counters, limit, queue, memory, flights, readable, pace, answered: false }
     }
 
     /// Has `poller` watch for what [`Service::serve`] is to be called for.
@@ -59,7 +62,9 @@ impl<'a, 'm> Service<'a, 'm> {
         let (mut turns, mut lingers) = (0..BATCH, false);
         let mut wait = Wait::Poll;
         while wait == Wait::Poll && turns.next().is_some() {
-            if let Some(chain) = self.queue.pop(self.memory)? {
+            if let Some(millis) = self.limit.delay() {
+                wait = Wait::Millis(millis);
+            } else if let Some(chain) = self.queue.pop(self.memory)? {
                 self.take(chain)?;
             } else if self.pace.lingers() {
                 lingers = true;
@@ -103,6 +108,7 @@ impl<'a, 'm> Service<'a, 'm> {
         self.counters.requests.add(1);
         let request = Request::parse(&self.readable, &writable, self.disk.capacity());
         let moves = request.as_ref().map_or((0, 0), Request::moves);
+        self.limit.charge(moves.0.saturating_add(moves.1));
         let job = request.and_then(|request| self.disk.begin(request, &mut self.readable, &mut writable));
         let mut flight = Flight { head, job: Job::Done, moves, writable };
         match job {

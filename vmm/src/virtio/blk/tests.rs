@@ -3,6 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use proptest::prelude::*;
@@ -11,7 +12,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_WRITE_ZEROES,
 };
 
-use vmm_control::POD_DISK_BYTES;
+use vmm_control::{DiskLimits, POD_DISK_BYTES};
 
 use super::request::Request;
 use super::*;
@@ -26,6 +27,10 @@ const OK: u8 = 0;
 const IOERR: u8 = 1;
 const UNSUPP: u8 = 2;
 const PENDING: u8 = 0xff;
+
+fn setup(capacity_bytes: u64, extents: Vec<(Extent, File)>) -> DiskSetup {
+    DiskSetup { capacity_bytes, extents, limits: DiskLimits::default() }
+}
 
 fn extent(first_sector: u64, sectors: u64, read_only: bool) -> Extent {
     Extent { first_sector, sectors, read_only, file: -1 }
@@ -48,7 +53,7 @@ fn content(file: &File, start: u64, len: usize) -> Vec<u8> {
 }
 
 fn pod_disk(extents: Vec<(Extent, File)>) -> Result<(DeviceInfo, Blk, Handle), DiskError> {
-    device("disk0".into(), POD_DISK_BYTES, extents, Some(Ring::new().expect("this host's kernel has io_uring")))
+    device("disk0".into(), setup(POD_DISK_BYTES, extents), Some(Ring::new().expect("this host's kernel has io_uring")))
 }
 
 struct Rig {
@@ -60,7 +65,10 @@ struct Rig {
 
 impl Rig {
     fn new(extents: Vec<(Extent, File)>) -> Self {
-        let (info, backend, handle) = pod_disk(extents).unwrap();
+        Self::of(pod_disk(extents).unwrap())
+    }
+
+    fn of((info, backend, handle): (DeviceInfo, Blk, Handle)) -> Self {
         let guest = Guest::new();
         let (driver, active) = guest.queue(info.queue_sizes[0]);
         let running = Running::start(backend, &guest, info.features, vec![active]);
@@ -169,16 +177,24 @@ fn a_flush_does_not_count_on_one_that_is_under_way() {
 fn a_disk_without_a_ring_waits_for_the_host() {
     let scratch = file(64 << 10);
     let extents = vec![(extent(0, 256, false), scratch.try_clone().unwrap())];
-    let (info, backend, handle) = device("disk0".into(), POD_DISK_BYTES, extents, None).unwrap();
-    let guest = Guest::new();
-    let (driver, active) = guest.queue(info.queue_sizes[0]);
-    let running = Running::start(backend, &guest, info.features, vec![active]);
-    let mut rig = Rig { guest, driver, running, handle };
+    let mut rig = Rig::of(device("disk0".into(), setup(POD_DISK_BYTES, extents), None).unwrap());
     assert_eq!(rig.write(5, &[0xee; 0x1400]), OK);
     assert_eq!(rig.request(VIRTIO_BLK_T_FLUSH, 0, &[]), (OK, 1));
     posix_fadvise(&scratch, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
     assert_eq!(rig.read(0, 0x8000), (OK, content(&scratch, 0, 0x8000)));
     assert_eq!(rig.handle.counters()[2], ("set_aside", 0));
+    rig.running.stop();
+}
+
+#[test]
+fn a_limited_disk_is_no_faster_than_that() {
+    let limits = DiskLimits { requests_per_s: 100, bytes_per_s: 0 };
+    let setup = DiskSetup { limits, ..setup(POD_DISK_BYTES, vec![(extent(0, 8, true), file(4096))]) };
+    let mut rig = Rig::of(device("disk0".into(), setup, None).unwrap());
+    let began = Instant::now();
+    // A tenth of a second's worth, and the first one, come at once.
+    (0..10 + 1 + 20).for_each(|_| assert_eq!(rig.read(0, 512).0, OK));
+    assert!(began.elapsed() >= Duration::from_millis(200), "{:?}", began.elapsed());
     rig.running.stop();
 }
 
@@ -432,7 +448,7 @@ fn bad_extents_are_refused_with_a_reason() {
 #[test]
 fn a_small_disk_ends_where_it_says() {
     let (info, backend, handle) =
-        device("disk1".into(), 9 * 512, vec![(extent(0, 16, true), file(8192))], None).unwrap();
+        device("disk1".into(), setup(9 * 512, vec![(extent(0, 16, true), file(8192))]), None).unwrap();
     assert_eq!(info.config.bytes()[..8], 9_u64.to_le_bytes());
     let guest = Guest::new();
     let (driver, active) = guest.queue(8);
@@ -441,8 +457,8 @@ fn a_small_disk_ends_where_it_says() {
     assert_eq!(rig.read(8, 512).0, OK);
     assert_eq!(rig.read(8, 1024).0, IOERR);
     rig.running.stop();
-    assert!(matches!(device("disk1".into(), 100, vec![], None), Err(DiskError::Capacity(100))));
-    let past = device("disk1".into(), 9 * 512, vec![(extent(0, 24, true), file(8192))], None);
+    assert!(matches!(device("disk1".into(), setup(100, vec![]), None), Err(DiskError::Capacity(100))));
+    let past = device("disk1".into(), setup(9 * 512, vec![(extent(0, 24, true), file(8192))]), None);
     assert!(matches!(past, Err(DiskError::PastEnd(4608))));
 }
 
@@ -514,7 +530,7 @@ proptest! {
         rig.driver.kick();
         let stopped = {
             let mut used = 0;
-            while used < posted && rig.driver.try_wait_used(std::time::Duration::from_millis(20)).is_some() {
+            while used < posted && rig.driver.try_wait_used(Duration::from_millis(20)).is_some() {
                 used += 1;
             }
             used < posted
