@@ -153,7 +153,7 @@ test-kubernetes: $(ROOT)
 	rm target/node.img
 
 # Each fuzz target for a minute; FUZZ_SECONDS=3600 for longer.
-FUZZ_TARGETS := balloon blk fs mem net protocol registers ring vsock
+FUZZ_TARGETS := balloon blk fs loader mem net protocol registers ring vsock
 FUZZ_SECONDS := 60
 
 fuzz-smoke:

@@ -45,13 +45,14 @@ pub(crate) async fn measure_large(place: &Place, spawners: [Spawner; 2], report:
     Ok(())
 }
 
-/// Measures `boot.own.*` and `vmm.pss_kib`.
+/// Measures `boot.own.*`, `vmm.pss_kib` and `vmm.guest_kib`.
 pub(crate) async fn measure_pod(place: &Place, pods: &Pods, report: &mut Report) -> Result<()> {
     let mut samples = Samples::default();
     for pod in repeat("boot.own", place.runs, async || pod(pods).await).await? {
         samples.extend(of_agent("boot.own", pod.begun, &pod.events)?);
         samples.add("boot.own.plugged.minstr", pod.plugged_minstr);
-        samples.add("vmm.pss_kib", pod.vmm_pss_kib);
+        samples.add("vmm.pss_kib", pod.vmm.own);
+        samples.add("vmm.guest_kib", pod.vmm.guest);
     }
     report.take(samples);
     Ok(())
@@ -98,7 +99,7 @@ pub(crate) struct Pod {
     begun: u64,
     /// What the VMM wrote down.
     pub(crate) events: Vec<Event>,
-    vmm_pss_kib: f64,
+    vmm: smaps::Vmm,
     /// From the agent's word to all of its memory being plugged.
     plugged_minstr: f64,
 }
@@ -120,10 +121,10 @@ pub(crate) async fn pod(pods: &Pods) -> Result<Pod> {
     let ready = find(&events, &EventKind::AgentConnected).context("the agent is not ready")?;
     let plugged_minstr = minstr(ready.at_ns, plugged);
     let vmm = pods.pod(&id)?.vmm_pid.context("the pod has no VMM")?;
-    let vmm_pss_kib = smaps::pss_beyond_guest_kib(vmm, BOOT_MIB)?;
+    let vmm = smaps::vmm_kib(vmm, BOOT_MIB)?;
     pods.stop_pod(&id).await?;
     pods.remove_pod(&id).await?;
-    Ok(Pod { begun: begun.at_ns, events, vmm_pss_kib, plugged_minstr })
+    Ok(Pod { begun: begun.at_ns, events, vmm, plugged_minstr })
 }
 
 /// When a guest has all the memory that it was promised.

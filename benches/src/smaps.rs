@@ -12,13 +12,22 @@ pub(crate) fn pss_kib(pid: u32) -> Result<f64> {
     Ok(mappings(&read(pid)?).iter().map(|mapping| mapping.pss_kib).sum())
 }
 
-/// PSS of a VMM in KiB without its guest's memory: what it booted with, and the room for more.
-pub(crate) fn pss_beyond_guest_kib(pid: u32, boot_mib: u32) -> Result<f64> {
+/// What a VMM takes, in KiB.
+#[derive(Clone, Copy)]
+pub(crate) struct Vmm {
+    /// Its own part: PSS without its guest's memory.
+    pub(crate) own: f64,
+    /// Its guest's memory that has been touched: of what it booted with, and of the room for more.
+    pub(crate) guest: f64,
+}
+
+pub(crate) fn vmm_kib(pid: u32, boot_mib: u32) -> Result<Vmm> {
     let mappings = mappings(&read(pid)?);
     let least = MOST_OF * f64::from(boot_mib) * 1024.0;
     let (guest, own): (Vec<_>, Vec<_>) = mappings.iter().partition(|mapping| mapping.size_kib >= least);
     anyhow::ensure!((1..=2).contains(&guest.len()), "{} mappings of process {pid} look like guest memory", guest.len());
-    Ok(own.iter().map(|mapping| mapping.pss_kib).sum())
+    let sum = |of: &[&Mapping]| of.iter().map(|mapping| mapping.pss_kib).sum();
+    Ok(Vmm { own: sum(&own), guest: sum(&guest) })
 }
 
 fn read(pid: u32) -> Result<String> {
