@@ -19,8 +19,12 @@ fn serving(more: &Value) -> Value {
 }
 
 fn client<'c>(cluster: &'c Cluster, name: &str) -> Pod<'c> {
-    let sleeps = json!({"image": image::CLIENT, "command": ["sleep", "100000"]});
-    Pod::run(cluster, name, &json!({"terminationGracePeriodSeconds": 0, "containers": [container("c", &sleeps)]}))
+    Pod::run(cluster, name, &json!({"terminationGracePeriodSeconds": 0, "containers": [asking()]}))
+}
+
+/// A container that has curl.
+fn asking() -> Value {
+    container("c", &json!({"image": image::CLIENT, "command": ["sleep", "100000"]}))
 }
 
 fn service(cluster: &Cluster, name: &str, app: &str, more: &Value) -> Value {
@@ -47,7 +51,9 @@ fn answers(from: &Pod, url: &str) -> bool {
 #[test]
 fn services_of_both_families_and_node_ports() {
     let cluster = Cluster::get();
-    let (_web, client) = (web(&cluster, "served"), client(&cluster, "asks"));
+    let mut both = serving(&json!({"name": "web"}));
+    both["containers"].as_array_mut().expect("a list").push(asking());
+    let (served, client) = (Pod::run(&cluster, "served", &both), client(&cluster, "asks"));
     let made =
         service(&cluster, "served", "served", &json!({"type": "NodePort", "ipFamilyPolicy": "RequireDualStack"}));
     let addresses = made["spec"]["clusterIPs"].as_array().cloned().unwrap_or_default();
@@ -62,17 +68,8 @@ fn services_of_both_families_and_node_ports() {
         cluster.eventually(&format!("node port {port} of {address}, outside"), || Outside::sh(&ask).code == 0);
     }
     // A pod reaches itself by its service, and the cluster's own API.
-    let served = cluster.kubectl([
-        "exec",
-        "served",
-        "--",
-        "wget",
-        "-qO-",
-        "-T",
-        "20",
-        &url(addresses[0].as_str().expect("text"), 8080),
-    ]);
-    assert!(served.ok().contains("Welcome"));
+    let own = url(addresses[0].as_str().expect("text"), 8080);
+    cluster.eventually("a pod to reach itself by its service", || answers(&served, &own));
     let api =
         "curl -s --max-time 20 --cacert /var/run/secrets/kubernetes.io/serviceaccount/ca.crt https://10.96.0.1/version";
     assert!(client.sh(api).contains("v1.36.1"));
