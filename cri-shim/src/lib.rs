@@ -1,6 +1,7 @@
 //! The node side of Pericarp: pods, images and networks, and the doors through which they are asked for.
 
 mod agent;
+mod audit;
 mod cgroup;
 pub mod cli;
 mod clock;

@@ -8,7 +8,8 @@ use tonic::{Code, Request, Response, Status};
 use super::proto::image_service_server::ImageService;
 use super::proto::*;
 use super::runtime::{Parts, parts};
-use super::{Node, calls, convert};
+use super::{Node, convert};
+use crate::audit;
 use crate::error::Error;
 use crate::image::{self, Auth};
 
@@ -32,7 +33,7 @@ impl ImageService for Node {
     async fn pull_image(&self, request: Request<PullImageRequest>) -> Answer<PullImageResponse> {
         let PullImageRequest { image, auth, sandbox_config: _ } = request.into_inner();
         let name = named(image)?;
-        calls::image(&name);
+        audit::image(&name);
         let began = Instant::now();
         let pulled = self.images.pull(&name, auth.map(credentials), None).await;
         self.metrics.pulled(pulled.as_ref().map_or_else(image::Error::word, |_| "done"), began.elapsed());
@@ -41,7 +42,7 @@ impl ImageService for Node {
 
     async fn remove_image(&self, request: Request<RemoveImageRequest>) -> Answer<RemoveImageResponse> {
         let name = named(request.into_inner().image)?;
-        calls::image(&name);
+        audit::image(&name);
         if let Some(image) = self.images.removes(&name) {
             unused(self, &image)?;
         }

@@ -3,7 +3,6 @@
 //! What a call means is in [`convert`]; what it does is in [`crate::pod`] and [`crate::image`]. Nothing here owns
 //! state, waits for a VM or knows what a guest is.
 
-mod calls;
 mod convert;
 mod deadline;
 mod image;
@@ -17,6 +16,7 @@ use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Code, Status};
 
+use crate::audit::Observed;
 use crate::error::Error;
 use crate::image::Store;
 use crate::metrics::Metrics;
@@ -24,7 +24,6 @@ use crate::network::Network;
 use crate::pod::Pods;
 use crate::spans::Spans;
 use crate::streaming::Streaming;
-use calls::Observed;
 use deadline::Deadline;
 use proto::image_service_server::ImageServiceServer;
 use proto::runtime_service_server::RuntimeServiceServer;

@@ -11,7 +11,8 @@ use tonic::{Request, Response, Status};
 
 use super::proto::runtime_service_server::RuntimeService;
 use super::proto::*;
-use super::{Node, calls, convert, readiness, stats};
+use super::{Node, convert, readiness, stats};
+use crate::audit;
 use crate::error::Error;
 use crate::pod::{ContainerState, Moment, PodState, PodStatus};
 use crate::streaming::{self, Wanted};
@@ -140,21 +141,21 @@ impl RuntimeService for Node {
     async fn run_pod_sandbox(&self, request: Request<RunPodSandboxRequest>) -> Answer<RunPodSandboxResponse> {
         let RunPodSandboxRequest { config, runtime_handler } = request.into_inner();
         let config = convert::required(config, "config")?;
-        config.metadata.iter().for_each(calls::metadata);
+        config.metadata.iter().for_each(|metadata| audit::identity(&convert::identity(metadata)));
         let spec = convert::pod_spec(config, &runtime_handler, &self.handler)?;
         let pod_sandbox_id = self.pods.run_pod(spec).await?;
-        calls::pod_id(&pod_sandbox_id);
+        audit::pod_id(&pod_sandbox_id);
         answer(RunPodSandboxResponse { pod_sandbox_id })
     }
 
     async fn stop_pod_sandbox(&self, request: Request<StopPodSandboxRequest>) -> Answer<StopPodSandboxResponse> {
-        calls::pod(&self.pods, &request.get_ref().pod_sandbox_id);
+        audit::pod(&self.pods, &request.get_ref().pod_sandbox_id);
         self.pods.stop_pod(&request.get_ref().pod_sandbox_id).await?;
         answer(StopPodSandboxResponse {})
     }
 
     async fn remove_pod_sandbox(&self, request: Request<RemovePodSandboxRequest>) -> Answer<RemovePodSandboxResponse> {
-        calls::pod(&self.pods, &request.get_ref().pod_sandbox_id);
+        audit::pod(&self.pods, &request.get_ref().pod_sandbox_id);
         self.pods.remove_pod(&request.get_ref().pod_sandbox_id).await?;
         answer(RemovePodSandboxResponse {})
     }
@@ -180,34 +181,34 @@ impl RuntimeService for Node {
         let CreateContainerRequest { pod_sandbox_id, config, sandbox_config: _ } = request.into_inner();
         let config = convert::required(config, "config")?;
         let name = convert::required(config.image.as_ref(), "image")?.image.clone();
-        calls::pod(&self.pods, &pod_sandbox_id);
-        config.metadata.iter().for_each(|metadata| calls::container_name(&metadata.name));
-        calls::image(&name);
+        audit::pod(&self.pods, &pod_sandbox_id);
+        config.metadata.iter().for_each(|metadata| audit::container_name(&metadata.name));
+        audit::image(&name);
         let pod = self.pods.pod(&pod_sandbox_id)?;
         let image = self.images.resolve(&name).ok_or_else(|| {
             Error::NotFound(format!("image {name:?} is not on this node: pull it first (crictl pull {name})"))
         })?;
         let spec = convert::container_spec(config, &pod.spec, &image, |name| self.images.resolve(name))?;
         let container_id = self.pods.create_container(&pod.id, spec).await?;
-        calls::container_id(&container_id);
+        audit::container_id(&container_id);
         answer(CreateContainerResponse { container_id })
     }
 
     async fn start_container(&self, request: Request<StartContainerRequest>) -> Answer<StartContainerResponse> {
-        calls::container(&self.pods, &request.get_ref().container_id);
+        audit::container(&self.pods, &request.get_ref().container_id);
         self.pods.start_container(&request.get_ref().container_id).await?;
         answer(StartContainerResponse {})
     }
 
     async fn stop_container(&self, request: Request<StopContainerRequest>) -> Answer<StopContainerResponse> {
         let StopContainerRequest { container_id, timeout } = request.into_inner();
-        calls::container(&self.pods, &container_id);
+        audit::container(&self.pods, &container_id);
         self.pods.stop_container(&container_id, seconds(timeout)).await?;
         answer(StopContainerResponse {})
     }
 
     async fn remove_container(&self, request: Request<RemoveContainerRequest>) -> Answer<RemoveContainerResponse> {
-        calls::container(&self.pods, &request.get_ref().container_id);
+        audit::container(&self.pods, &request.get_ref().container_id);
         self.pods.remove_container(&request.get_ref().container_id).await?;
         answer(RemoveContainerResponse {})
     }
@@ -227,14 +228,14 @@ impl RuntimeService for Node {
         &self,
         request: Request<ReopenContainerLogRequest>,
     ) -> Answer<ReopenContainerLogResponse> {
-        calls::container(&self.pods, &request.get_ref().container_id);
+        audit::container(&self.pods, &request.get_ref().container_id);
         self.pods.reopen_log(&request.get_ref().container_id).await?;
         answer(ReopenContainerLogResponse {})
     }
 
     async fn exec_sync(&self, request: Request<ExecSyncRequest>) -> Answer<ExecSyncResponse> {
         let ExecSyncRequest { container_id, cmd, timeout } = request.into_inner();
-        calls::container(&self.pods, &container_id);
+        audit::container(&self.pods, &container_id);
         if cmd.is_empty() {
             return Err(Status::invalid_argument("the command is empty"));
         }
@@ -250,7 +251,7 @@ impl RuntimeService for Node {
         request: Request<UpdateContainerResourcesRequest>,
     ) -> Answer<UpdateContainerResourcesResponse> {
         let UpdateContainerResourcesRequest { container_id, linux, windows: _, annotations: _ } = request.into_inner();
-        calls::container(&self.pods, &container_id);
+        audit::container(&self.pods, &container_id);
         let resources = convert::resources(convert::required(linux, "linux")?)?;
         self.pods.update_container(&container_id, resources).await?;
         answer(UpdateContainerResourcesResponse {})
@@ -261,7 +262,7 @@ impl RuntimeService for Node {
         request: Request<UpdatePodSandboxResourcesRequest>,
     ) -> Answer<UpdatePodSandboxResourcesResponse> {
         let UpdatePodSandboxResourcesRequest { pod_sandbox_id, overhead, resources } = request.into_inner();
-        calls::pod(&self.pods, &pod_sandbox_id);
+        audit::pod(&self.pods, &pod_sandbox_id);
         let overhead = overhead.map(convert::resources).transpose()?;
         let resources = resources.map(convert::resources).transpose()?;
         self.pods.update_pod(&pod_sandbox_id, overhead, resources).await?;
@@ -278,7 +279,7 @@ impl RuntimeService for Node {
 
     async fn exec(&self, request: Request<ExecRequest>) -> Answer<ExecResponse> {
         let ExecRequest { container_id, cmd, tty, stdin, stdout, stderr } = request.into_inner();
-        calls::container(&self.pods, &container_id);
+        audit::container(&self.pods, &container_id);
         if cmd.is_empty() {
             return Err(Status::invalid_argument("the command is empty"));
         }
@@ -290,7 +291,7 @@ impl RuntimeService for Node {
 
     async fn attach(&self, request: Request<AttachRequest>) -> Answer<AttachResponse> {
         let AttachRequest { container_id, stdin, tty, stdout, stderr } = request.into_inner();
-        calls::container(&self.pods, &container_id);
+        audit::container(&self.pods, &container_id);
         let wanted = wanted(Wanted { stdin, stdout, stderr, terminal: tty })?;
         let container = running(self, &container_id)?;
         answer(AttachResponse { url: self.streaming.url(streaming::Request::Attach { container, wanted })? })
@@ -298,7 +299,7 @@ impl RuntimeService for Node {
 
     /// The ports are named by the streams that the client opens; those of the request are for runtimes of old.
     async fn port_forward(&self, request: Request<PortForwardRequest>) -> Answer<PortForwardResponse> {
-        calls::pod(&self.pods, &request.get_ref().pod_sandbox_id);
+        audit::pod(&self.pods, &request.get_ref().pod_sandbox_id);
         let pod = self.pods.pod(&request.get_ref().pod_sandbox_id)?;
         if pod.state != PodState::Ready {
             return Err(Error::FailedPrecondition(format!("pod {} is not ready: {}", pod.id, pod.message)).into());
@@ -311,7 +312,7 @@ impl RuntimeService for Node {
         &self,
         request: Request<CheckpointContainerRequest>,
     ) -> Answer<CheckpointContainerResponse> {
-        calls::container(&self.pods, &request.get_ref().container_id);
+        audit::container(&self.pods, &request.get_ref().container_id);
         Err(Status::unimplemented("containers share their pod's kernel and cannot be checkpointed one by one"))
     }
 

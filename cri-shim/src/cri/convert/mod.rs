@@ -17,7 +17,7 @@ mod status;
 pub(super) use container::container_spec;
 pub(super) use filter::{container_matches, pod_matches};
 pub(super) use metrics::{metric_descriptors, pod_metrics};
-pub(super) use pod::pod_spec;
+pub(super) use pod::{identity, pod_spec};
 pub(super) use process::numeric_user;
 pub(super) use resources::resources;
 pub(super) use stats::{container_stats, container_stats_match, pod_stats, pod_stats_match};

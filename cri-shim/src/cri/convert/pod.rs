@@ -7,7 +7,7 @@ use super::security::check_selinux;
 use super::{invalid, required};
 use crate::cri::proto::{
     DnsConfig, IdMapping as WireMapping, LinuxPodSandboxConfig, NamespaceMode, NamespaceOption, PodSandboxConfig,
-    PortMapping as WirePort, Protocol,
+    PodSandboxMetadata, PortMapping as WirePort, Protocol,
 };
 use crate::error::Result;
 use crate::spec::{Dns, IdMapping, NetworkSource, PodIdentity, PodSpec, PortMapping, UserMappings};
@@ -34,12 +34,7 @@ pub(in crate::cri) fn pod_spec(config: PodSandboxConfig, handler: &str, known: &
     let users = users(&namespaces)?;
     let LinuxPodSandboxConfig { cgroup_parent, sysctls, overhead, resources: limits, .. } = linux;
     Ok(PodSpec {
-        identity: PodIdentity {
-            name: metadata.name,
-            namespace: metadata.namespace,
-            uid: metadata.uid,
-            attempt: metadata.attempt,
-        },
+        identity: identity(&metadata),
         labels: config.labels.into_iter().collect(),
         annotations: config.annotations.into_iter().collect(),
         handler: handler.to_owned(),
@@ -55,6 +50,12 @@ pub(in crate::cri) fn pod_spec(config: PodSandboxConfig, handler: &str, known: &
         network: NetworkSource::Cni,
         users,
     })
+}
+
+/// Who the pod is.
+pub(in crate::cri) fn identity(metadata: &PodSandboxMetadata) -> PodIdentity {
+    let PodSandboxMetadata { name, uid, namespace, attempt } = metadata.clone();
+    PodIdentity { name, namespace, uid, attempt }
 }
 
 /// Refuses the host's namespaces that a guest cannot have. The host's processes (hostPID) become the guest's own.

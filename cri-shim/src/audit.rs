@@ -1,4 +1,4 @@
-//! What is known of every call: who made it, what it was about, how it ended and how long it took. All of them are counted; each
+//! What is known of every call of the CRI: who made it, what it was about, how it ended and how long it took. All of them are counted; each
 //! that changes something leaves one line in the log, under the target `audit`, and each that its client traces is a span.
 //!
 //! Who a call is about only its handler knows, and says so by [`pod`], [`container`] and [`image`]; the line is written here, also
@@ -16,7 +16,6 @@ use tonic::transport::server::UdsConnectInfo;
 use tonic::{Code, Status};
 use tower::Service;
 
-use super::proto::PodSandboxMetadata;
 use crate::clock;
 use crate::metrics::Metrics;
 use crate::pod::{ContainerStatus, PodStatus, Pods};
@@ -31,7 +30,7 @@ const UNKNOWN: &str = "unknown";
 
 /// The CRI's calls, by its own words.
 static CALLS: LazyLock<BTreeSet<&'static str>> = LazyLock::new(|| {
-    let calls = include_str!("../../proto/cri.proto").lines().filter_map(|line| line.trim().strip_prefix("rpc "));
+    let calls = include_str!("../proto/cri.proto").lines().filter_map(|line| line.trim().strip_prefix("rpc "));
     calls.filter_map(|line| line.split('(').next()).map(str::trim).collect()
 });
 
@@ -88,23 +87,18 @@ fn with(say: impl FnOnce(&mut Subject)) {
     let _ = SUBJECT.try_with(|subject| say(&mut subject.borrow_mut()));
 }
 
-/// The call is about a pod that is not there yet.
-pub(super) fn metadata(metadata: &PodSandboxMetadata) {
-    let PodSandboxMetadata { name, uid, namespace, attempt } = metadata.clone();
-    identity(&PodIdentity { name, namespace, uid, attempt });
-}
-
-fn identity(identity: &PodIdentity) {
+/// The call is about a pod, which may not be there yet.
+pub(crate) fn identity(identity: &PodIdentity) {
     with(|subject| subject.identity = Some(identity.clone()));
 }
 
 /// The call has made a pod.
-pub(super) fn pod_id(id: &str) {
+pub(crate) fn pod_id(id: &str) {
     with(|subject| subject.pod_id = Some(id.to_owned()));
 }
 
 /// The call is about the pod that `id` names, which may not be there.
-pub(super) fn pod(pods: &Pods, id: &str) {
+pub(crate) fn pod(pods: &Pods, id: &str) {
     match pods.pod(id) {
         Ok(pod) => found_pod(&pod),
         Err(_) => pod_id(id),
@@ -117,17 +111,17 @@ fn found_pod(pod: &PodStatus) {
 }
 
 /// The call is about a container that is not there yet.
-pub(super) fn container_name(name: &str) {
+pub(crate) fn container_name(name: &str) {
     with(|subject| subject.container = Some(name.to_owned()));
 }
 
 /// The call has made a container.
-pub(super) fn container_id(id: &str) {
+pub(crate) fn container_id(id: &str) {
     with(|subject| subject.container_id = Some(id.to_owned()));
 }
 
 /// The call is about the container that `id` names, which may not be there.
-pub(super) fn container(pods: &Pods, id: &str) {
+pub(crate) fn container(pods: &Pods, id: &str) {
     container_id(id);
     let Ok(container) = pods.container(id) else { return };
     let ContainerStatus { id, pod_id, spec, .. } = container;
@@ -137,16 +131,16 @@ pub(super) fn container(pods: &Pods, id: &str) {
 }
 
 /// The call is about an image.
-pub(super) fn image(name: &str) {
+pub(crate) fn image(name: &str) {
     with(|subject| subject.image = Some(name.to_owned()));
 }
 
 /// A service whose calls are counted and, if they change something, written down.
 #[derive(Clone, Debug)]
-pub(super) struct Observed<S> {
-    pub(super) inner: S,
-    pub(super) metrics: Metrics,
-    pub(super) spans: Spans,
+pub(crate) struct Observed<S> {
+    pub(crate) inner: S,
+    pub(crate) metrics: Metrics,
+    pub(crate) spans: Spans,
 }
 
 impl<S, B, R> Service<Request<B>> for Observed<S>
