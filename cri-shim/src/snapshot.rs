@@ -61,13 +61,17 @@ pub(crate) fn prepare(bundle: &Path, root: &Path, mounts: &[Mount]) -> Result<Ro
     Ok(Rootfs::Directory { path: place, mapped })
 }
 
-/// The root directory itself is new, and belongs already to whom its owner would be mapped to.
+/// The root directory of a new snapshot belongs already to whom its owner would be mapped to.
 fn give_back(place: &Path, mounts: &[Mount]) -> std::io::Result<()> {
     let options = || mounts.iter().flat_map(|asked| &asked.options);
     let first = |name: &str| options().find_map(|option| outside(option.strip_prefix(name)?));
     let found = fs::metadata(place)?;
-    let inside = |owner: u32, name: &str| owner.checked_sub(first(name).unwrap_or(0));
-    lchown(place, inside(found.uid(), UIDS), inside(found.gid(), GIDS))
+    let inside = |owner: u32, name: &str| owner.checked_sub(first(name)?);
+    match (inside(found.uid(), UIDS), inside(found.gid(), GIDS)) {
+        // It was given back before, or cannot be written.
+        (None, None) => Ok(()),
+        (uid, gid) => lchown(place, uid, gid),
+    }
 }
 
 /// The number outside to which the mapping that begins at root maps it.
