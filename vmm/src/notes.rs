@@ -91,6 +91,7 @@ impl Notes {
 
 /// `CLOCK_BOOTTIME` in nanoseconds.
 pub fn now() -> u64 {
-    let time = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(std::time::Duration::ZERO, std::time::Duration::from);
-    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+    let Ok(time) = clock_gettime(ClockId::CLOCK_BOOTTIME) else { return 0 };
+    let [seconds, nanoseconds] = [time.tv_sec(), time.tv_nsec()].map(|count| u64::try_from(count).unwrap_or(0));
+    seconds.saturating_mul(1_000_000_000).saturating_add(nanoseconds)
 }

@@ -19,7 +19,7 @@ const NS_PER_MS: u64 = 1_000_000;
 #[derive(Clone, Copy, Debug)]
 struct Meter {
     per_s: NonZeroU64,
-    /// `CLOCK_MONOTONIC` in nanoseconds.
+    /// `CLOCK_BOOTTIME` in nanoseconds.
     paid_at: u64,
 }
 
