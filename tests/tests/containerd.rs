@@ -295,11 +295,20 @@ fn what_no_guest_can_have_is_refused_with_a_reason(release: Release) {
     let (node, before) = node(release);
     let host = node.ctr_run(&["--net-host"], "net", &["true"]);
     assert!(host.code != 0 && host.stderr.contains("hostNetwork"), "{host:?}");
-    let ids = "0:100000:65536";
-    let users = node.ctr_run(&["--uidmap", ids, "--gidmap", ids], "users", &["true"]);
-    assert!(users.code != 0 && users.stderr.contains("user namespaces"), "{users:?}");
     let profile = node.ctr_run(&["--apparmor-profile", "mine"], "profile", &["true"]);
     assert!(profile.code != 0 && profile.stderr.contains("no AppArmor"), "{profile:?}");
+    settled(&node).assert_same_as(&before);
+}
+
+/// Its snapshot is one of which the owners were changed.
+fn a_single_container_has_users_of_its_own(release: Release) {
+    let (node, before) = node(release);
+    let ids = "0:100000:65536";
+    let script = "awk '{print $1, $2, $3}' /proc/self/uid_map; touch /bin/new; stat -c '%u %g' / /bin /bin/new";
+    let ran = node.ctr_run(&["--uidmap", ids, "--gidmap", ids], "users", &["sh", "-c", script]).ok();
+    assert_eq!(ran, "0 100000 65536\n0 0\n0 0\n0 0");
+    let rootless = node.ctr_run(&["--uidmap", "1:100000:65536", "--gidmap", ids], "rootless", &["true"]);
+    assert!(rootless.code != 0 && rootless.stderr.contains("maps no root"), "{rootless:?}");
     settled(&node).assert_same_as(&before);
 }
 
@@ -449,6 +458,7 @@ promises_of_both! {
     a_killed_shim_leaves_nothing,
     a_vm_that_dies_ends_its_containers,
     what_no_guest_can_have_is_refused_with_a_reason,
+    a_single_container_has_users_of_its_own,
     ports_are_forwarded,
     a_pod_is_the_same_through_all_three_doors,
 }
