@@ -10,12 +10,15 @@ use pericarp_vmm::jail::{ALLOWED, ARGUED};
 use serde_json::json;
 
 /// Calls that stay allowed although no pod of this test need make them, and when one is made.
-const SELDOM: [(i64, &str); 5] = [
+const SELDOM: [(i64, &str); 8] = [
     (libc::SYS_fdatasync, "where the host has no io_uring"),
     (libc::SYS_clock_gettime, "where the kernel's vDSO cannot read the clock"),
     (libc::SYS_shutdown, "when one direction of a stream ends before the other, as of a forwarded port"),
     (libc::SYS_sched_yield, "when two threads meet in a channel"),
     (libc::SYS_restart_syscall, "after SIGCONT, by a wait that has an end"),
+    (libc::SYS_rt_sigreturn, "when a CPU is kicked that runs: where it is stopped for a moment, or others end the VM"),
+    (libc::SYS_exit, "when a thread ends before the process does"),
+    (libc::SYS_munmap, "when the C library gives back the stacks of many threads that have ended"),
 ];
 
 /// Namespaces that no VMM shares with the host.
