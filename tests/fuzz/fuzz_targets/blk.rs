@@ -34,7 +34,12 @@ fuzz_target!(|input: Input| {
     let extent = |first_sector, read_only| Extent { first_sector, sectors: 64, read_only, file: -1 };
     let [scratch, image] = files().each_ref().map(|file| file.try_clone().unwrap());
     let extents = vec![(extent(0, false), scratch), (extent(64, true), image)];
-    let (info, mut disk, _) = blk::device("disk0".into(), DiskSetup { capacity_bytes: 160 * 512, extents, limits: DiskLimits::default() }, blk::Ring::new()).unwrap();
+    let (info, mut disk, _) = blk::device(
+        "disk0".into(),
+        DiskSetup { capacity_bytes: 160 * 512, extents, limits: DiskLimits::default() },
+        blk::Ring::new(),
+    )
+    .unwrap();
     guest.write(SEAM - AREA / 2, &input.memory[..input.memory.len().min(4096)]);
     let (mut driver, queue) = guest.queue(64);
     for (n, (header, parts)) in input.chains.iter().enumerate() {

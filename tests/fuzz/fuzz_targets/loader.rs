@@ -56,9 +56,8 @@ fn kernel(kind: &Kind, bytes: &[u8]) -> Vec<u8> {
 
 fuzz_target!(|input: Input<'_>| {
     static MEMORY: OnceLock<Arc<GuestMemoryMmap>> = OnceLock::new();
-    let memory = MEMORY.get_or_init(|| {
-        Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM as usize)]).expect("memory"))
-    });
+    let memory = MEMORY
+        .get_or_init(|| Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM as usize)]).expect("memory")));
     let ram = GuestRam { memory: Arc::clone(memory), low_end: RAM, high_end: memory::ABOVE_4G, room: (0, 0) };
     let image = Image {
         kernel: file(&kernel(&input.kind, input.kernel)),

@@ -13,7 +13,12 @@ const LIMIT: usize = 4096;
 
 fuzz_target!(|bytes: &[u8]| {
     let guest = Guest::new();
-    let (_, mut disk, _) = blk::device("disk0".into(), DiskSetup { capacity_bytes: 1 << 20, extents: vec![], limits: DiskLimits::default() }, None).unwrap();
+    let (_, mut disk, _) = blk::device(
+        "disk0".into(),
+        DiskSetup { capacity_bytes: 1 << 20, extents: vec![], limits: DiskLimits::default() },
+        None,
+    )
+    .unwrap();
     let (_, queue) = guest.queue(16);
     guest.write(RINGS, &bytes[..bytes.len().min(LIMIT)]);
     let _outcome = run_once(&mut disk, &guest, 0, vec![queue]);

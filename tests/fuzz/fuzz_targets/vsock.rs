@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
+use nix::sys::signal::{SigHandler, Signal, signal};
 use pericarp_vmm::virtio::testing::{DriverQueue, Guest, Part, Running};
 use pericarp_vmm::virtio::vsock;
 
@@ -43,6 +44,9 @@ enum Client {
 fn listener() -> &'static (tempfile::TempDir, UnixListener) {
     static LISTENER: OnceLock<(tempfile::TempDir, UnixListener)> = OnceLock::new();
     LISTENER.get_or_init(|| {
+        // As the VMM does when it starts: a client that has left is an error of a write.
+        // SAFETY: no handler is installed.
+        unsafe { signal(Signal::SIGPIPE, SigHandler::SigIgn) }.unwrap();
         let dir = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(dir.path().join("vsock")).unwrap();
         (dir, listener)
