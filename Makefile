@@ -152,11 +152,13 @@ test-kubernetes: $(ROOT)
 	for boot in first_boot second_boot; do $(call in_cluster,--disk $(CURDIR)/target/node.img,reboot,$$boot); done
 	rm target/node.img
 
-# Each fuzz target for a minute; FUZZ_SECONDS=3600 for longer.
+# Each fuzz target for a minute, from what was found before; FUZZ_SECONDS=3600 for longer.
 FUZZ_TARGETS := balloon blk fs loader mem net protocol registers ring vsock
 FUZZ_SECONDS := 60
 
 fuzz-smoke:
+	mkdir -p tests/fuzz/corpus
+	tar -C tests/fuzz/corpus --skip-old-files -xf tests/fuzz/corpus.tar.xz
 	cargo_fuzz=$$(tests/cargo-tool cargo-fuzz 0.13.1); PATH=$${cargo_fuzz%/*}:$$PATH; for target in $(FUZZ_TARGETS); do \
 	    cargo fuzz run --fuzz-dir tests/fuzz --sanitizer none $$target -- -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=2048; done
 
