@@ -257,7 +257,7 @@ impl Record {
 
     /// How its VM was made.
     pub(crate) fn frame(&self) -> Frame {
-        self.frame.unwrap_or(Frame { boot_mib: self.memory_mib, room_mib: 0, vcpus: self.vcpus })
+        self.frame.unwrap_or(Frame { boot_mib: self.memory_mib, room_mib: 0, vcpus: self.vcpus, queues: 1 })
     }
 
     /// Sum of the memory limits of the containers that have not ended, in bytes.

@@ -44,8 +44,8 @@ pub(crate) struct Launch<'a> {
     pub(crate) dir: &'a PodDir,
     pub(crate) frame: Frame,
     pub(crate) cgroup: OwnedFd,
-    /// `None` gives the guest no NIC.
-    pub(crate) tap: Option<OwnedFd>,
+    /// One descriptor for each pair of the NIC's queues; none gives the guest no NIC.
+    pub(crate) taps: Vec<OwnedFd>,
     /// The writable space, and its length in sectors; it is at the pod disk's beginning.
     pub(crate) scratch: (OwnedFd, u64),
 }
@@ -233,6 +233,7 @@ fn program(config: &CoreConfig, launch: Launch<'_>) -> Result<Program> {
         Error::Internal(text) => Error::Unavailable(format!("{text}: `pericarp check` says more")),
         full => full,
     })?;
+    let taps: Vec<_> = launch.taps.into_iter().map(|tap| fds.give(tap)).collect();
     let (scratch, sectors) = launch.scratch;
     let extent = Extent { first_sector: 0, sectors, read_only: false, file: fds.give(scratch) };
     let vmm = Config {
@@ -245,8 +246,13 @@ fn program(config: &CoreConfig, launch: Launch<'_>) -> Result<Program> {
         memory_mib: launch.frame.boot_mib,
         room_mib: launch.frame.room_mib,
         console: Console::Ring,
-        disks: vec![Disk { capacity_bytes: POD_DISK_BYTES, extents: vec![extent], limits: config.disk_limits() }],
-        nets: launch.tap.map(|tap| Net { tap: fds.give(tap), mac: BOOT_MAC }).into_iter().collect(),
+        disks: vec![Disk {
+            capacity_bytes: POD_DISK_BYTES,
+            queues: launch.frame.queues,
+            extents: vec![extent],
+            limits: config.disk_limits(),
+        }],
+        nets: if taps.is_empty() { Vec::new() } else { vec![Net { taps, mac: BOOT_MAC }] },
         vsock: Some(Vsock { listener: fds.give(listener(dir, &dir.vsock(), SockType::Stream)?) }),
         rng: true,
         control: Some(fds.give(listener(dir, &dir.control(), SockType::SeqPacket)?)),

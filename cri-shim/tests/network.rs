@@ -92,7 +92,7 @@ struct Guest {
 impl Guest {
     fn start(network: &Network, attachment: &Attachment, tap: &OwnedFd) -> Self {
         let netns = network.create_netns("guest").expect("guest netns");
-        let own = network.create_tap(&netns).expect("guest tap");
+        let own = network.create_tap(&netns, 1).expect("guest tap").remove(0);
         let guest = Self { netns };
         for (mut from, mut to) in [(file(tap), file(&own)), (file(&own), file(tap))] {
             std::thread::spawn(move || {
@@ -184,15 +184,16 @@ fn a_guest_takes_the_place_of_its_namespace() {
 
     // The first pod makes what pods share (the bridge, chains), so that a later one can be seen to leave nothing.
     let netns = network.create_netns("warm").expect("netns");
-    let tap = network.create_tap(&netns).expect("tap");
+    let taps = network.create_tap(&netns, 3).expect("a tap of three pairs of queues");
+    assert_eq!(taps.len(), 3);
     runtime.block_on(network.attach("warm", &pod(), &netns)).expect("attach");
     runtime.block_on(network.detach("warm")).expect("detach");
     network.remove_netns("warm").expect("remove");
-    drop(tap);
+    drop(taps);
     let before = traces();
 
     let netns = network.create_netns("p1").expect("netns");
-    let tap = network.create_tap(&netns).expect("tap");
+    let tap = network.create_tap(&netns, 1).expect("tap").remove(0);
     let attachment = runtime.block_on(network.attach("p1", &pod(), &netns)).expect("attach");
     assert_eq!(attachment.interface.name, "eth0");
     assert_eq!(attachment.interface.mtu, 1400);
@@ -253,7 +254,7 @@ fn a_detach_finishes_what_a_killed_daemon_began() {
         network(&CONFLIST.replace(r#"{"type": "portmap","#, r#"{"type": "slow","#).replace(r#""ipMasq": true,"#, ""));
 
     let netns = network.create_netns("p1").expect("netns");
-    let _tap = network.create_tap(&netns).expect("tap");
+    let _tap = network.create_tap(&netns, 1).expect("tap");
     let asked = pod();
     runtime.block_on(async {
         let reached = async {

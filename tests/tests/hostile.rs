@@ -162,7 +162,12 @@ fn config(mode: &str, path: &dyn Fn(&str) -> PathBuf, given: &mut Given) -> Conf
         memory_mib: 64,
         room_mib: 128,
         console: Console::Serial { input: None },
-        disks: vec![Disk { capacity_bytes: DISK_BYTES, extents: vec![extent], limits: DiskLimits::default() }],
+        disks: vec![Disk {
+            capacity_bytes: DISK_BYTES,
+            queues: 1,
+            extents: vec![extent],
+            limits: DiskLimits::default(),
+        }],
         nets: Vec::new(),
         vsock: Some(Vsock { listener: given.give(UnixListener::bind(path("vsock")).expect("binds")) }),
         rng: true,

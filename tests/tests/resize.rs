@@ -1,7 +1,8 @@
 //! A pod's memory and CPUs grow and shrink while it runs, and what the guest does not use goes back to the host.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
 use std::process::Stdio;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -212,6 +213,49 @@ fn cpus_come_and_go_with_the_limit() {
         resize_pod(&mut client, &rig.pod, 256 * MIB, quota).expect("the VM has them");
         assert_eq!(rig.cpus(), cpus, "{quota}");
     }
+    node.remove_pod(&rig.pod);
+}
+
+#[test]
+fn each_cpu_has_queues_of_disk_and_network() {
+    const CONNECTIONS: usize = 64;
+    let settings = Settings { keys: "max_vcpus = 3".into(), ..Settings::default() };
+    let node = Node::start_with(&settings);
+    node.crictl(["pull", image::BUSYBOX]).ok();
+    let mut client = Client::connect(&node.socket());
+    let rig = Rig::start(&node, "queues", &limits(256 * MIB, 300_000), &Value::Null);
+    assert_eq!(rig.cpus(), "3");
+    let queues = || rig.sh("ls /sys/class/net/eth0/queues");
+    assert_eq!(queues(), "rx-0\nrx-1\nrx-2\ntx-0\ntx-1\ntx-2");
+    assert_eq!(rig.sh("ls /sys/block/vda/mq"), "0\n1\n2");
+
+    // Connections from outside, which the host spreads, and a file written on each CPU.
+    rig.sh("mkdir /www; echo served > /www/index.html; httpd -p 80 -h /www");
+    let ip = node.inspect_pod(&rig.pod)["status"]["network"]["ip"].as_str().expect("an address").to_owned();
+    for _ in 0..CONNECTIONS {
+        let mut connection = TcpStream::connect((ip.as_str(), 80)).expect("it serves");
+        connection.write_all(b"GET / HTTP/1.0\r\n\r\n").expect("it reads");
+        let mut page = String::new();
+        connection.read_to_string(&mut page).expect("it answers");
+        assert!(page.ends_with("served\n"), "{page}");
+    }
+    for mask in [1, 2, 4] {
+        rig.sh(&format!("taskset {mask} dd if=/dev/zero of=/file{mask} bs=64k count=4 conv=fsync"));
+    }
+    let interrupts = rig.sh("cat /proc/interrupts");
+    for queue in ["input.0", "input.1", "input.2", "output.0", "output.1", "output.2", "req.0", "req.1", "req.2"] {
+        let line = interrupts.lines().find(|line| line.ends_with(queue));
+        let line = line.unwrap_or_else(|| panic!("no vector for {queue}: {interrupts}"));
+        let count: u64 = line.split_whitespace().skip(1).map_while(|word| word.parse::<u64>().ok()).sum();
+        // A NIC interrupts for what it has sent only where the guest runs out of room.
+        assert!(count > 0 || queue.starts_with("output"), "{queue} had nothing to do: {interrupts}");
+    }
+
+    resize_pod(&mut client, &rig.pod, 256 * MIB, 200_000).expect("the VM can");
+    assert_eq!(queues(), "rx-0\nrx-1\ntx-0\ntx-1");
+    assert_eq!(rig.sh("wget -q -O - http://localhost/"), "served");
+    let mut connection = TcpStream::connect((ip.as_str(), 80)).expect("it still serves");
+    connection.write_all(b"GET / HTTP/1.0\r\n\r\n").expect("it reads");
     node.remove_pod(&rig.pod);
 }
 

@@ -11,7 +11,7 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use nix::errno::Errno;
 use nix::sys::stat::{FileStat, SFlag, fstat};
 use thiserror::Error;
-use vmm_control::{CONFIG_VERSION, Config, Console, Disk, DiskLimits, Extent, Net, exit};
+use vmm_control::{CONFIG_VERSION, Config, Console, Disk, DiskLimits, Extent, exit};
 
 use crate::memory;
 
@@ -90,6 +90,8 @@ impl ConfigError {
 pub struct DiskSetup {
     /// Size that the guest sees.
     pub capacity_bytes: u64,
+    /// Queues for requests.
+    pub queues: u8,
     /// Extents and their files.
     pub extents: Vec<(Extent, File)>,
     /// How much the guest may do with it.
@@ -110,7 +112,7 @@ pub struct Setup {
     pub console: Console,
     pub keyboard: Option<File>,
     pub disks: Vec<DiskSetup>,
-    pub nets: Vec<(Net, OwnedFd)>,
+    pub nets: Vec<([u8; 6], Vec<File>)>,
     pub vsock: Option<OwnedFd>,
     pub rng: bool,
     pub control: Option<OwnedFd>,
@@ -156,8 +158,8 @@ fn check(config: Config) -> Result<Setup, ConfigError> {
         nets: config
             .nets
             .into_iter()
-            .map(|net| fds.take("a tap", net.tap, Kind::Character).map(|tap| (net, tap)))
-            .collect::<Result<_, _>>()?,
+            .map(|net| Ok((net.mac, fds.take_taps(&net.taps)?)))
+            .collect::<Result<_, ConfigError>>()?,
         vsock: config.vsock.map(|vsock| fds.take("the vsock listener", vsock.listener, Kind::Socket)).transpose()?,
         rng: config.rng,
         control: config.control.map(|fd| fds.take("control", fd, Kind::Socket)).transpose()?,
@@ -224,12 +226,16 @@ impl Inherited {
         }
     }
 
+    fn take_taps(&mut self, taps: &[RawFd]) -> Result<Vec<File>, ConfigError> {
+        taps.iter().map(|tap| Ok(self.take("a tap", *tap, Kind::Character)?.into())).collect()
+    }
+
     fn take_disk(&mut self, disk: Disk) -> Result<DiskSetup, ConfigError> {
         let mut extents = Vec::with_capacity(disk.extents.len());
         for extent in disk.extents {
             extents.push((extent, self.take("a disk's extent", extent.file, Kind::Storage)?.into()));
         }
-        Ok(DiskSetup { capacity_bytes: disk.capacity_bytes, extents, limits: disk.limits })
+        Ok(DiskSetup { capacity_bytes: disk.capacity_bytes, queues: disk.queues, extents, limits: disk.limits })
     }
 }
 

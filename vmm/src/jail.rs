@@ -80,8 +80,13 @@ const IOCTL_TYPE: u32 = 0xff00;
 /// Calls allowed with some arguments.
 pub const ARGUED: [i64; 4] = [libc::SYS_ioctl, libc::SYS_mmap, libc::SYS_mprotect, libc::SYS_madvise];
 /// What a tap is asked for and told, and non-blocking mode.
-const OTHER_IOCTLS: [u32; 4] =
-    [libc::TUNGETIFF as u32, libc::TUNGETVNETHDRSZ as u32, libc::TUNSETOFFLOAD as u32, libc::FIONBIO as u32];
+const OTHER_IOCTLS: [u32; 5] = [
+    libc::TUNGETIFF as u32,
+    libc::TUNGETVNETHDRSZ as u32,
+    libc::TUNSETOFFLOAD as u32,
+    libc::TUNSETQUEUE as u32,
+    libc::FIONBIO as u32,
+];
 
 /// Where the handler writes the last event; -1 for nowhere.
 static EVENTS: AtomicI32 = AtomicI32::new(-1);

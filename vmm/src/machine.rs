@@ -14,7 +14,7 @@ use kvm_ioctls::VmFd;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use thiserror::Error;
-use vmm_control::{Command, EventKind, Extent, Net, Reply, ShutdownReason, State, exit};
+use vmm_control::{Command, EventKind, Extent, Reply, ShutdownReason, State, exit};
 use vmm_sys_util::epoll::EventSet;
 
 use crate::bus::Bus;
@@ -127,8 +127,8 @@ impl Devices {
     }
 
     /// Plugs in a network interface.
-    pub fn add_net(&mut self, net: Net, tap: OwnedFd) -> Result<(), DeviceSetupError> {
-        let (info, backend, counters) = net::device(format!("net{}", self.nets), tap.into(), net.mac)?;
+    pub fn add_net(&mut self, mac: [u8; 6], taps: Vec<File>) -> Result<(), DeviceSetupError> {
+        let (info, backend, counters) = net::device(format!("net{}", self.nets), taps, mac)?;
         self.nets += 1;
         self.plug(info, Box::new(backend), Box::new(move || counters.snapshot())).map(drop)
     }
@@ -364,7 +364,10 @@ impl<'e> Machine<'e> {
             Command::RemoveDisk { first_sector } => {
                 self.pod_disk()?.remove(first_sector).map_err(|error| describe(&error))?;
             }
-            Command::AddNet(net) => self.devices.add_net(net, one(fds)?).map_err(|error| describe(&error))?,
+            Command::AddNet(ref net) => {
+                let taps = fds.into_iter().map(File::from).collect();
+                self.devices.add_net(net.mac, taps).map_err(|error| describe(&error))?;
+            }
             Command::AddFs { ref tag } => {
                 self.devices.add_fs(tag, one(fds)?).map_err(|error| describe(&error))?;
             }

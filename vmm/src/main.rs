@@ -106,7 +106,7 @@ fn boot(setup: Setup, events: &mut Events) -> Result<i32, StartError> {
     let vcpus = host.create_vcpus(&vm, &ram.memory, setup.vcpus, loaded.entry)?;
     let stats = vcpus.iter().map(Stats::open).chain([Stats::open(&*vm)]).filter_map(Result::ok).collect();
 
-    let disks: Vec<_> = setup.disks.into_iter().map(|disk| (disk, blk::Ring::new())).collect();
+    let disks: Vec<_> = setup.disks.into_iter().map(|disk| (blk::Ring::new(disk.queues), disk)).collect();
 
     // Everything is open: from here on the guest's input reaches a process that can open nothing.
     let signals = Signals::new()?;
@@ -121,11 +121,11 @@ fn boot(setup: Setup, events: &mut Events) -> Result<i32, StartError> {
     if let Some(listener) = setup.vsock {
         devices.add_vsock(listener)?;
     }
-    for (disk, ring) in disks {
+    for (ring, disk) in disks {
         devices.add_disk(disk, ring)?;
     }
-    for (net, tap) in setup.nets {
-        devices.add_net(net, tap)?;
+    for (mac, taps) in setup.nets {
+        devices.add_net(mac, taps)?;
     }
     if setup.rng {
         devices.add_rng()?;

@@ -150,7 +150,7 @@ fn open_disk(argument: &str, inherited: &mut Inherited) -> Result<Disk> {
     }
     let sectors = bytes.next_multiple_of(PAGE_BYTES) / SECTOR_BYTES;
     let extent = Extent { first_sector: 0, sectors, read_only, file: inherited.give(file)? };
-    Ok(Disk { capacity_bytes: bytes, extents: vec![extent], limits: DiskLimits::default() })
+    Ok(Disk { capacity_bytes: bytes, queues: 1, extents: vec![extent], limits: DiskLimits::default() })
 }
 
 fn wait(vmm: &mut Child) -> Result<i32> {

@@ -223,9 +223,10 @@ impl Network {
         Ok(Netns::find(&self.netns_dir, plain_name(pod_id)?))
     }
 
-    /// Makes the tap that a VMM is given; the kernel removes it when its last descriptor is closed.
-    pub fn create_tap(&self, netns: &Netns) -> Result<OwnedFd, NetworkError> {
-        netns.run(tap::create)?
+    /// Makes the tap that a VMM is given, with a descriptor for each pair of queues; the kernel removes it when the last of them is
+    /// closed.
+    pub fn create_tap(&self, netns: &Netns, pairs: u8) -> Result<Vec<OwnedFd>, NetworkError> {
+        netns.run(move || tap::create(pairs))?
     }
 
     /// Has the plugins make the pod's interface and joins it to the tap, which must be there.

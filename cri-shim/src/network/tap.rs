@@ -14,25 +14,28 @@ const VNET_HEADER_BYTES: libc::c_int = 12;
 /// What the guest may be left to do: checksums and segmentation. The guest kernel is ours and negotiates all of it.
 const OFFLOADS: libc::c_uint = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6;
 
-/// Makes the tap in the calling thread's network namespace.
-pub(super) fn create() -> Result<OwnedFd, NetworkError> {
+/// Makes the tap in the calling thread's network namespace, with so many pairs of queues.
+pub(super) fn create(pairs: u8) -> Result<Vec<OwnedFd>, NetworkError> {
     let describe = |e| NetworkError::io("create a tap: check that the tun module is loaded", e);
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
-        .open("/dev/net/tun")
-        .map_err(describe)?;
-    configure(&file).map_err(describe)?;
+    let open = |_| {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC);
+        let file = options.open("/dev/net/tun")?;
+        configure(&file, pairs > 1)?;
+        Ok(file.into())
+    };
+    let files = (0..pairs).map(open).collect::<io::Result<_>>().map_err(describe)?;
     // The host's IPv6 stack would announce itself on the tap, that is, to the guest. No such file: no IPv6.
     match std::fs::write(format!("/proc/sys/net/ipv6/conf/{TAP}/disable_ipv6"), "1") {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(describe(error)),
-        _ => Ok(file.into()),
+        _ => Ok(files),
     }
 }
 
-fn configure(file: &File) -> io::Result<()> {
-    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+/// The first descriptor makes the tap; the others, of a tap of several, are added to it.
+fn configure(file: &File, several: bool) -> io::Result<()> {
+    let several = if several { libc::IFF_MULTI_QUEUE } else { 0 };
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | several;
     // SAFETY: all zeroes is a valid ifreq, which holds integers, byte arrays and a pointer that is not used.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(TAP.bytes()) {

@@ -16,6 +16,9 @@ const LEAST_MIB: u32 = 96;
 /// The most virtual CPUs that a VMM gives a guest.
 const MOST_VCPUS: u8 = 64;
 
+/// The most queues that a VMM gives a device.
+const MOST_QUEUES: u8 = 8;
+
 /// The most memory that a VMM plugs, in MiB.
 const MOST_ROOM_MIB: u32 = 1 << 20;
 
@@ -52,6 +55,14 @@ pub(crate) struct Frame {
     pub(crate) room_mib: u32,
     /// Virtual CPUs, of which some may be down.
     pub(crate) vcpus: u8,
+    /// Queues of the pod disk, and pairs of queues of the NIC: one for each CPU that it starts with, so that they need not wait for
+    /// one another.
+    #[serde(default = "one")]
+    pub(crate) queues: u8,
+}
+
+fn one() -> u8 {
+    1
 }
 
 /// What the host has.
@@ -102,6 +113,7 @@ pub(crate) fn frame(size: Size, config: &CoreConfig, host: Host) -> Frame {
         boot_mib,
         room_mib: room_mib.next_multiple_of(ROOM_GRAIN_MIB),
         vcpus: most_vcpus.min(MOST_VCPUS).max(size.vcpus),
+        queues: size.vcpus.min(MOST_QUEUES),
     }
 }
 
@@ -191,20 +203,20 @@ mod tests {
     fn every_pod_boots_small_and_has_room_to_grow() {
         let config = CoreConfig::default();
         let made = |memory_mib, vcpus| frame(Size { memory_mib, vcpus }, &config, HOST);
-        assert_eq!(made(96, 1), Frame { boot_mib: 96, room_mib: 16_384, vcpus: 2 });
-        assert_eq!(made(512, 3), Frame { boot_mib: 256, room_mib: 16_128, vcpus: 4 });
+        assert_eq!(made(96, 1), Frame { boot_mib: 96, room_mib: 16_384, vcpus: 2, queues: 1 });
+        assert_eq!(made(512, 3), Frame { boot_mib: 256, room_mib: 16_128, vcpus: 4, queues: 3 });
         assert_eq!(made(512, 4).plugged_mib(512), 256);
         assert_eq!((made(96, 1).plugged_mib(96), made(96, 1).plugged_mib(64)), (0, 0));
         let config = CoreConfig { max_memory_mib: 300, max_vcpus: 6, ..config };
         let tight = frame(Size { memory_mib: 200, vcpus: 1 }, &config, HOST);
-        assert_eq!(tight, Frame { boot_mib: 200, room_mib: 128, vcpus: 6 });
+        assert_eq!(tight, Frame { boot_mib: 200, room_mib: 128, vcpus: 6, queues: 1 });
         let large = frame(Size { memory_mib: 1000, vcpus: 8 }, &config, HOST);
-        assert_eq!(large, Frame { boot_mib: 256, room_mib: 768, vcpus: 8 }, "what it starts with it has");
+        assert_eq!(large, Frame { boot_mib: 256, room_mib: 768, vcpus: 8, queues: 8 }, "what it starts with it has");
     }
 
     #[test]
     fn a_vm_holds_what_it_was_made_for() {
-        let frame = Frame { boot_mib: 256, room_mib: 256, vcpus: 2 };
+        let frame = Frame { boot_mib: 256, room_mib: 256, vcpus: 2, queues: 1 };
         let has = Size { memory_mib: 512, vcpus: 2 };
         assert!(frame.holds(has).is_ok() && frame.holds(Size { memory_mib: 96, vcpus: 1 }).is_ok());
         assert_eq!(Size { memory_mib: 1024, vcpus: 1 }.at_most(frame), Size { memory_mib: 512, vcpus: 1 });

@@ -138,10 +138,10 @@ async fn make(context: &Arc<Context>, mut record: Record) -> Result<Owner, Failu
     let ground = blocking(move || prepare(&shared, &planned)).await?;
     record.moments.push(moment("prepared"));
     kill_point("pod.prepared");
-    let Ground { netns, tap, cgroup, scratch } = ground;
+    let Ground { netns, taps, cgroup, scratch } = ground;
     record.netns = netns.as_ref().map(|netns| netns.path().to_owned());
     let scratch = (scratch, record.disks.first().map_or(0, |disk| disk.sectors));
-    let launch = Launch { dir: &dir, frame: record.frame(), cgroup, tap, scratch };
+    let launch = Launch { dir: &dir, frame: record.frame(), cgroup, taps, scratch };
     let vmm = Vmm::launch(&context.spawner, &context.config, launch).await?;
     record.vmm = Some(vmm.id());
     record.moments.push(moment("spawned"));
@@ -182,7 +182,7 @@ fn write(record: &Record, dir: &PodDir) -> Result<()> {
 /// What a VMM stands on.
 struct Ground {
     netns: Option<Netns>,
-    tap: Option<OwnedFd>,
+    taps: Vec<OwnedFd>,
     cgroup: OwnedFd,
     scratch: OwnedFd,
 }
@@ -193,13 +193,14 @@ fn prepare(context: &Context, record: &Record) -> Result<Ground> {
         NetworkSource::Netns(path) => Some(Netns::at(path.clone())),
         NetworkSource::None => None,
     };
-    let tap = netns.as_ref().map(|netns| context.network.create_tap(netns)).transpose()?;
+    let pairs = record.frame().queues;
+    let taps = netns.as_ref().map_or(Ok(Vec::new()), |netns| context.network.create_tap(netns, pairs))?;
     // A pod below a group of the kubelet's has its CPU limit there.
     let cpu = if record.spec.cgroup_parent.is_empty() { quota(&record.spec) } else { None };
     let limits = cgroup::Limits { guest_bytes: u64::from(record.memory_mib) << 20, cpu };
     let cgroup = cgroup::create(&context.config.cgroup_root, &record.cgroup, limits)?;
     let scratch = scratch::create(&context.template, &context.config.scratch_file(&record.id))?.into();
-    Ok(Ground { netns, tap, cgroup, scratch })
+    Ok(Ground { netns, taps, cgroup, scratch })
 }
 
 /// An agent that has said Hello.

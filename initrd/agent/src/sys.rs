@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use libc::{c_int, c_long, c_uint, c_ulong, c_void, pid_t};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use nix::unistd::Pid;
 
 fn check(result: c_long) -> io::Result<c_long> {
@@ -325,6 +326,48 @@ pub(crate) fn add_entropy(random: BorrowedFd<'_>, seed: &[u8]) -> io::Result<()>
     check(c_long::from(unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, &raw mut info) }))?;
     // SAFETY: takes no argument.
     check(c_long::from(unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG) })).map(drop)
+}
+
+/// `struct ethtool_channels` (linux/ethtool.h).
+#[repr(C)]
+#[derive(Default)]
+struct EthtoolChannels {
+    command: u32,
+    /// Most of those that receive, send, do something else, and do both.
+    most: [u32; 4],
+    /// How many are in use.
+    used: [u32; 4],
+}
+
+const ETHTOOL_GCHANNELS: u32 = 0x3c;
+const ETHTOOL_SCHANNELS: u32 = 0x3d;
+/// Where those are that receive and send.
+const COMBINED: usize = 3;
+
+/// Has a network interface use so many pairs of queues, or all that it has.
+pub(crate) fn set_channels(interface: &str, wanted: u32) -> io::Result<()> {
+    let socket = socket(AddressFamily::Unix, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    let mut channels = EthtoolChannels { command: ETHTOOL_GCHANNELS, ..EthtoolChannels::default() };
+    ethtool(socket.as_fd(), interface, &mut channels)?;
+    let wanted = wanted.min(channels.most[COMBINED]);
+    if channels.used[COMBINED] == wanted {
+        return Ok(());
+    }
+    channels.command = ETHTOOL_SCHANNELS;
+    channels.used[COMBINED] = wanted;
+    ethtool(socket.as_fd(), interface, &mut channels)
+}
+
+fn ethtool(socket: BorrowedFd<'_>, interface: &str, channels: &mut EthtoolChannels) -> io::Result<()> {
+    // SAFETY: all zeroes is a valid ifreq, which holds integers, byte arrays and a pointer that is set next.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().take(libc::IFNAMSIZ - 1).zip(interface.bytes()) {
+        *to = from.cast_signed();
+    }
+    request.ifr_ifru.ifru_data = std::ptr::from_mut(channels).cast();
+    // SAFETY: SIOCETHTOOL reads an ifreq whose name is terminated, and reads and writes what that points to: for the commands above a
+    // struct ethtool_channels, which lives past the call.
+    check(c_long::from(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL, &raw mut request) })).map(drop)
 }
 
 /// Bytes that a read of `fd` would find now.

@@ -1,4 +1,4 @@
-//! Chains of any shape and content for a disk.
+//! Chains of any shape and content for a disk of two queues.
 #![no_main]
 
 use std::fs::File;
@@ -36,13 +36,14 @@ fuzz_target!(|input: Input| {
     let extents = vec![(extent(0, false), scratch), (extent(64, true), image)];
     let (info, mut disk, _) = blk::device(
         "disk0".into(),
-        DiskSetup { capacity_bytes: 160 * 512, extents, limits: DiskLimits::default() },
-        blk::Ring::new(),
+        DiskSetup { capacity_bytes: 160 * 512, queues: 2, extents, limits: DiskLimits::default() },
+        blk::Ring::new(2),
     )
     .unwrap();
     guest.write(SEAM - AREA / 2, &input.memory[..input.memory.len().min(4096)]);
-    let (mut driver, queue) = guest.queue(64);
+    let (mut drivers, queues): (Vec<_>, Vec<_>) = (0..2).map(|_| guest.queue(64)).unzip();
     for (n, (header, parts)) in input.chains.iter().enumerate() {
+        let driver = &mut drivers[n % 2];
         let mut chain = Vec::new();
         if let Some((kind, sector)) = header {
             let address = 0x10_0000 + 64 * n as u64;
@@ -64,5 +65,5 @@ fuzz_target!(|input: Input| {
             driver.post(&chain)
         };
     }
-    let _outcome = run_once(&mut disk, &guest, info.features, vec![queue]);
+    let _outcome = run_once(&mut disk, &guest, info.features, queues);
 });

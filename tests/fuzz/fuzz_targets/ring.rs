@@ -15,7 +15,7 @@ fuzz_target!(|bytes: &[u8]| {
     let guest = Guest::new();
     let (_, mut disk, _) = blk::device(
         "disk0".into(),
-        DiskSetup { capacity_bytes: 1 << 20, extents: vec![], limits: DiskLimits::default() },
+        DiskSetup { capacity_bytes: 1 << 20, queues: 1, extents: vec![], limits: DiskLimits::default() },
         None,
     )
     .unwrap();

@@ -100,12 +100,19 @@ pub enum Console {
 pub struct Disk {
     /// Size that the guest sees: [`POD_DISK_BYTES`] for the pod disk; a multiple of [`SECTOR_BYTES`].
     pub capacity_bytes: u64,
+    /// Queues for requests, 1 to 8, so that as many of the guest's CPUs need not wait for one another.
+    #[serde(default = "one")]
+    pub queues: u8,
     /// Extents present at boot; they may not overlap. Sectors outside every extent answer with I/O errors.
     #[serde(default)]
     pub extents: Vec<Extent>,
     /// How much the guest may do with it.
     #[serde(default)]
     pub limits: DiskLimits,
+}
+
+fn one() -> u8 {
+    1
 }
 
 /// How much may be done with a disk in a second, on average; what is 0 is not limited.
@@ -134,12 +141,13 @@ pub struct Extent {
 }
 
 /// A network interface backed by a tap with `IFF_VNET_HDR`, `IFF_TAP` and `IFF_NO_PI`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Net {
-    /// The tap. In [`Command::AddNet`] it rides beside the command and this is ignored.
+    /// The tap: a descriptor for each pair of queues, 1 to 8; several if it has `IFF_MULTI_QUEUE`. In [`Command::AddNet`] they ride
+    /// beside the command and this is ignored.
     #[serde(default)]
-    pub tap: RawFd,
+    pub taps: Vec<RawFd>,
     /// The address the device announces; the agent may give the interface another.
     pub mac: [u8; 6],
 }
@@ -181,7 +189,7 @@ pub enum Command {
         /// [`Extent::first_sector`] of an extent added before.
         first_sector: u64,
     },
-    /// Plugs a network interface; one descriptor. The guest sees it after a PCI rescan.
+    /// Plugs a network interface; the descriptors of its tap. The guest sees it after a PCI rescan.
     AddNet(Net),
     /// Plugs a shared directory; one descriptor: a `SOCK_SEQPACKET` socket, each of whose packets is one FUSE message,
     /// to the process that serves it. The guest sees it after a PCI rescan.

@@ -17,6 +17,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::poller::{Poller, Wait};
 
+/// One vector for the configuration and one for all queues, which suits a device whose queues one CPU at a time has answers of:
+/// every vector costs the guest a dozen exits to set up.
+pub const SHARED_VECTORS: u16 = 2;
+
 /// What the guest can read of a device.
 #[derive(Clone, Debug)]
 pub struct DeviceInfo {
@@ -30,6 +34,8 @@ pub struct DeviceInfo {
     pub features: u64,
     /// Largest size of each queue.
     pub queue_sizes: Vec<u16>,
+    /// MSI-X vectors, of which the configuration has one: [`SHARED_VECTORS`], or one more than there are queues.
+    pub vectors: u16,
     /// The device-specific configuration; read-only.
     pub config: DeviceConfig,
 }

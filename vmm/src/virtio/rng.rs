@@ -21,7 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::buffers::{Buffers, gather};
 use super::counters::counters;
-use super::device::{Active, ActiveQueue, Backend, DeviceConfig, DeviceError, DeviceInfo};
+use super::device::{Active, ActiveQueue, Backend, DeviceConfig, DeviceError, DeviceInfo, SHARED_VECTORS};
 use super::poller::{Poller, Wait};
 use vm_memory::GuestMemoryMmap;
 
@@ -55,6 +55,7 @@ pub fn device() -> (DeviceInfo, Rng, Arc<Counters>) {
         class: [0x00, 0xff, 0x00],
         features: 0,
         queue_sizes: vec![QUEUE_SIZE],
+        vectors: SHARED_VECTORS,
         config: DeviceConfig::Fixed(Vec::new()),
     };
     let counters = Arc::<Counters>::default();

@@ -60,9 +60,6 @@ const NOTIFY: u32 = 0;
 const ISR: u32 = 0x800;
 /// Bytes from one queue's doorbell to the next.
 const NOTIFY_MULTIPLIER: u32 = 4;
-/// One for the configuration, one for all queues: a single thread serves them, so a vector each would spread nothing,
-/// and every vector costs the guest a dozen exits to set up.
-const VECTORS: u16 = 2;
 
 /// Failures after which a device stays as it is until the VM ends: each leaves an event on the host, and a driver that breaks its
 /// rings again and again shall not fill the host's memory with them.
@@ -137,11 +134,11 @@ impl VirtioPci {
         Ok(Self {
             slot: place.slot,
             config,
-            registers: Registers::new(info.features, &info.queue_sizes, VECTORS),
+            registers: Registers::new(info.features, &info.queue_sizes, info.vectors),
             device_config: info.config,
-            msix: Msix::new(VECTORS),
+            msix: Msix::new(info.vectors),
             msix_control,
-            first_gsi: irqs.allot(u32::from(VECTORS)),
+            first_gsi: irqs.allot(u32::from(info.vectors)),
             wires: None,
             worker: Worker::spawn(place.slot, &info.name, backend, notifier.clone())?,
             resetting: false,
@@ -394,7 +391,7 @@ fn config_space(info: &DeviceInfo, place: Place) -> (ConfigSpace, usize) {
     let doorbells = NOTIFY_MULTIPLIER.saturating_mul(length(info.queue_sizes.len()));
     let notify = structure(NOTIFY_CFG, DOORBELL_BAR, NOTIFY, doorbells, Some(NOTIFY_MULTIPLIER));
     config.add_capability(CAPABILITY_VENDOR, &notify);
-    let mut body = VECTORS.saturating_sub(1).to_le_bytes().to_vec();
+    let mut body = info.vectors.saturating_sub(1).to_le_bytes().to_vec();
     body.extend((MSIX_TABLE | u32::from(REGISTER_BAR)).to_le_bytes());
     body.extend((MSIX_PENDING | u32::from(REGISTER_BAR)).to_le_bytes());
     let control = config.add_capability(CAPABILITY_MSIX, &body).saturating_add(2);

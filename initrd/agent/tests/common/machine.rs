@@ -255,6 +255,7 @@ impl Guest {
             console: vmm_control::Console::Ring,
             disks: vec![Disk {
                 capacity_bytes: vmm_control::POD_DISK_BYTES,
+                queues: 1,
                 extents,
                 limits: vmm_control::DiskLimits::default(),
             }],

@@ -14,6 +14,7 @@ use nix::sys::stat::{SFlag, fstat};
 use thiserror::Error;
 use vmm_control::{Extent, SECTOR_BYTES};
 
+use super::MOST_QUEUES;
 use super::request::{ID_BYTES, Ranges, Request, RequestError, Span};
 use crate::virtio::buffers::Buffers;
 
@@ -31,6 +32,9 @@ const ID: [u8; ID_BYTES] = *b"pericarp-disk\0\0\0\0\0\0\0";
 /// Why an extent was not added or removed.
 #[derive(Debug, Error)]
 pub enum DiskError {
+    /// None, or too many.
+    #[error("queues is {0}; it may be 1 to {MOST_QUEUES}")]
+    Queues(u8),
     /// The size is not whole sectors.
     #[error("a disk's capacity is a multiple of {SECTOR_BYTES} bytes, which {0} is not")]
     Capacity(u64),

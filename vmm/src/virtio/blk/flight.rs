@@ -25,11 +25,15 @@ pub struct Ring {
 }
 
 impl Ring {
-    /// Makes one for as many operations as a queue has entries, before the filter forbids it. A host that has no such rings (Linux before 5.19, or
+    /// Makes one for as many operations as so many queues have entries, before the filter forbids it. A host that has no such rings (Linux before 5.19, or
     /// `kernel.io_uring_disabled`) has its disks waited for, one request after the other.
-    pub fn new() -> Option<Self> {
+    pub fn new(queues: u8) -> Option<Self> {
         // Completions wait until this process enters its kernel anyway: no interrupt for each.
-        let ring = IoUring::builder().setup_r_disabled().setup_coop_taskrun().build(super::QUEUE_SIZE.into()).ok()?;
+        let ring = IoUring::builder()
+            .setup_r_disabled()
+            .setup_coop_taskrun()
+            .build(u32::from(super::QUEUE_SIZE).saturating_mul(queues.into()))
+            .ok()?;
         // The kernel copies the addresses of buffers when it is given an operation (Linux 5.5).
         ring.params().is_feature_submit_stable().then_some(())?;
         let mut only = [Restriction::sqe_op(Readv::CODE), Restriction::sqe_op(Fsync::CODE)];
@@ -54,6 +58,8 @@ impl Ring {
 
 /// A request under way.
 pub(super) struct Flight<'m> {
+    /// The number of its queue.
+    pub(super) queue: usize,
     /// Its chain.
     pub(super) head: u16,
     pub(super) job: Job,

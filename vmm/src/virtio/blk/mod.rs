@@ -30,10 +30,11 @@ use std::sync::Arc;
 
 use thiserror::Error;
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
+use virtio_queue::QueueT;
 use vmm_control::{Extent, SECTOR_BYTES};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
@@ -46,13 +47,16 @@ use self::limit::Limit;
 use self::request::RANGES;
 use self::service::Service;
 use super::counters::{Snapshot, counters};
-use super::device::{Active, Backend, DeviceConfig, DeviceError, DeviceInfo};
+use super::device::{Active, Backend, DeviceConfig, DeviceError, DeviceInfo, SHARED_VECTORS};
 use super::inbox::{AskError, Asker, Inbox};
 use super::poller::{Poller, Wait};
 use crate::config::DiskSetup;
 
-/// Entries of the request queue.
+/// Entries of a request queue.
 const QUEUE_SIZE: u16 = 256;
+
+/// Most request queues.
+const MOST_QUEUES: u8 = 8;
 
 /// Most data buffers in a request: with header and status it just fits the queue.
 const SEG_MAX: u32 = 254;
@@ -65,8 +69,9 @@ const PAGE_SECTORS: u32 = 8;
 
 const STOP: u64 = 0;
 const INBOX: u64 = 1;
-const KICK: u64 = 2;
-const LANDED: u64 = 3;
+const LANDED: u64 = 2;
+/// Of the first queue; those of the others follow.
+const KICK: u64 = 3;
 
 enum Question {
     Add(Extent, File),
@@ -130,7 +135,10 @@ pub struct Blk {
 
 /// Makes a disk with its first extents. Without a `ring` each request is waited for before the next one is looked at.
 pub fn device(name: String, setup: DiskSetup, ring: Option<Ring>) -> Result<(DeviceInfo, Blk, Handle), DiskError> {
-    let DiskSetup { capacity_bytes, extents, limits } = setup;
+    let DiskSetup { capacity_bytes, queues, extents, limits } = setup;
+    if !(1..=MOST_QUEUES).contains(&queues) {
+        return Err(DiskError::Queues(queues));
+    }
     let mut disk = Disk::new(capacity_bytes)?;
     for (extent, file) in extents {
         disk.add(&extent, file)?;
@@ -138,36 +146,43 @@ pub fn device(name: String, setup: DiskSetup, ring: Option<Ring>) -> Result<(Dev
     let (asker, inbox) = Inbox::new()?;
     let counters = Arc::<Counters>::default();
     let handle = Handle { asker, counters: Arc::clone(&counters) };
-    Ok((info(name, capacity_bytes), Blk { disk, inbox, counters, limit: Limit::new(limits), ring }, handle))
+    Ok((info(name, capacity_bytes, queues), Blk { disk, inbox, counters, limit: Limit::new(limits), ring }, handle))
 }
 
-fn info(name: String, capacity: u64) -> DeviceInfo {
-    let features = [
+fn info(name: String, capacity: u64, queues: u8) -> DeviceInfo {
+    let mut features = vec![
         VIRTIO_BLK_F_SEG_MAX,
         VIRTIO_BLK_F_FLUSH,
         VIRTIO_BLK_F_DISCARD,
         VIRTIO_BLK_F_WRITE_ZEROES,
         VIRTIO_RING_F_INDIRECT_DESC,
     ];
+    let mut vectors = SHARED_VECTORS;
+    if queues > 1 {
+        features.push(VIRTIO_BLK_F_MQ);
+        vectors = u16::from(queues).saturating_add(1);
+    }
     DeviceInfo {
         name,
         id: u16::try_from(VIRTIO_ID_BLOCK).unwrap_or_default(),
         // Mass storage, "other".
         class: [0x01, 0x80, 0x00],
         features: features.iter().fold(0, |bits, bit| bits | 1 << bit),
-        queue_sizes: vec![QUEUE_SIZE],
-        config: DeviceConfig::Fixed(config(capacity)),
+        queue_sizes: vec![QUEUE_SIZE; usize::from(queues)],
+        vectors,
+        config: DeviceConfig::Fixed(config(capacity, queues)),
     }
 }
 
 /// `struct virtio_blk_config` (virtio 1.2 §5.2.4).
-fn config(capacity: u64) -> Vec<u8> {
+fn config(capacity: u64, queues: u8) -> Vec<u8> {
     let ranges = u32::try_from(RANGES).unwrap_or_default();
     let mut config = Vec::new();
     config.extend((capacity / SECTOR_BYTES).to_le_bytes());
     config.extend(0_u32.to_le_bytes()); // size_max, not offered
     config.extend(SEG_MAX.to_le_bytes());
-    config.extend([0; 20]); // geometry, blk_size, topology, writeback, num_queues: not offered
+    config.extend([0; 18]); // geometry, blk_size, topology, writeback: not offered
+    config.extend(u16::from(queues).to_le_bytes()); // num_queues
     config.extend(RANGE_SECTORS.to_le_bytes()); // max_discard_sectors
     config.extend(ranges.to_le_bytes()); // max_discard_seg
     config.extend(PAGE_SECTORS.to_le_bytes()); // discard_sector_alignment
@@ -193,9 +208,13 @@ impl Backend for Blk {
     }
 
     fn run(&mut self, active: &mut Active, stop: &EventFd) -> Result<(), DeviceError> {
-        let queue = active.queues.first_mut().ok_or(DeviceError::Driver("the disk has no queue"))?;
+        let queues: Vec<_> = active.queues.iter_mut().filter(|queue| queue.queue.ready()).collect();
+        if queues.is_empty() {
+            return Err(DeviceError::Driver("the disk has no queue"));
+        }
         let flights = Flights::new(&active.memory, self.ring.take());
-        let mut service = Service::new(&mut self.disk, &self.counters, &mut self.limit, queue, &active.memory, flights);
+        let mut service =
+            Service::new(&mut self.disk, &self.counters, &mut self.limit, queues, &active.memory, flights);
         let result = serve(&mut service, &self.inbox, stop);
         self.ring = service.into_ring();
         result
@@ -207,7 +226,7 @@ fn serve(service: &mut Service<'_, '_>, inbox: &Questions, stop: &EventFd) -> Re
     let mut poller = Poller::new()?;
     poller.add(stop, EventSet::IN, STOP)?;
     poller.add(inbox, EventSet::IN, INBOX)?;
-    service.watch(&poller, KICK, LANDED)?;
+    service.watch(&poller, LANDED, KICK)?;
     loop {
         // First of all, for requests may have come before this thread watched for them.
         let wait = service.serve()?;
@@ -219,8 +238,8 @@ fn serve(service: &mut Service<'_, '_>, inbox: &Questions, stop: &EventFd) -> Re
                     service.settle()?;
                     answer(inbox, service.disk);
                 }
-                KICK => service.kicked(),
-                _ => {}
+                LANDED => {}
+                kick => service.kicked(kick.saturating_sub(KICK)),
             }
         }
     }

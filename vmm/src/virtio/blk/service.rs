@@ -21,12 +21,19 @@ pub(super) struct Service<'a, 'm> {
     pub(super) disk: &'a mut Disk,
     counters: &'a Counters,
     limit: &'a mut Limit,
-    queue: &'a mut ActiveQueue,
+    queues: Vec<Queue<'a>>,
+    /// The queue whose turn it is.
+    turn: usize,
     memory: &'m GuestMemoryMmap,
     flights: Flights<'m>,
     /// What the request at hand brings along.
     readable: Buffers<'m>,
     pace: Pace,
+}
+
+/// A queue of requests.
+struct Queue<'a> {
+    active: &'a mut ActiveQueue,
     /// There are answers that the driver has not been told of.
     answered: bool,
 }
@@ -36,24 +43,28 @@ impl<'a, 'm> Service<'a, 'm> {
         disk: &'a mut Disk,
         counters: &'a Counters,
         limit: &'a mut Limit,
-        queue: &'a mut ActiveQueue,
+        queues: Vec<&'a mut ActiveQueue>,
         memory: &'m GuestMemoryMmap,
         flights: Flights<'m>,
     ) -> Self {
         let (readable, pace) = (Buffers::new(memory), Pace::new());
-        Self { disk, counters, limit, queue, memory, flights, readable, pace, answered: false }
+        let queues = queues.into_iter().map(|active| Queue { active, answered: false }).collect();
+        Self { disk, counters, limit, queues, turn: 0, memory, flights, readable, pace }
     }
 
-    /// Has `poller` watch for what [`Service::serve`] is to be called for.
-    pub(super) fn watch(&self, poller: &Poller, kick: u64, landed: u64) -> Result<(), DeviceError> {
-        poller.add(&self.queue.kick, EventSet::IN, kick)?;
+    /// Has `poller` watch for what [`Service::serve`] is to be called for; the kicks are `kick` and the tokens after it.
+    pub(super) fn watch(&self, poller: &Poller, landed: u64, kick: u64) -> Result<(), DeviceError> {
+        for (token, queue) in (kick..).zip(&self.queues) {
+            poller.add(&queue.active.kick, EventSet::IN, token)?;
+        }
         self.flights.watched().map_or(Ok(()), |ring| poller.add(&ring, EventSet::IN, landed))?;
         Ok(())
     }
 
-    /// The driver has notified the queue.
-    pub(super) fn kicked(&self) {
-        drop(self.queue.kick.read());
+    /// The driver has notified a queue.
+    pub(super) fn kicked(&self, queue: u64) {
+        let queue = usize::try_from(queue).ok().and_then(|queue| self.queues.get(queue));
+        drop(queue.map(|queue| queue.active.kick.read()));
     }
 
     /// Takes a batch of requests, and answers those and what has landed; tells whether there are more.
@@ -64,14 +75,17 @@ impl<'a, 'm> Service<'a, 'm> {
         while wait == Wait::Poll && turns.next().is_some() {
             if let Some(millis) = self.limit.delay() {
                 wait = Wait::Millis(millis);
-            } else if let Some(chain) = self.queue.pop(self.memory)? {
-                self.take(chain)?;
+            } else if let Some((queue, chain)) = self.next()? {
+                self.take(queue, chain)?;
             } else if self.pace.lingers() {
                 lingers = true;
                 break;
             } else {
                 // Looks again after asking for a notification: a request may have slipped in between (§2.7.10).
-                let more = self.queue.queue.enable_notification(self.memory)?;
+                let mut more = false;
+                for queue in &mut self.queues {
+                    more |= queue.active.queue.enable_notification(self.memory)?;
+                }
                 wait = if more { Wait::Poll } else { Wait::Block };
             }
         }
@@ -97,8 +111,20 @@ impl<'a, 'm> Service<'a, 'm> {
         self.flights.into_ring()
     }
 
+    /// The next request of the first queue that has any, and which queue that is; each has its turn.
+    fn next(&mut self) -> Result<Option<(usize, DescriptorChain<&'m GuestMemoryMmap>)>, DeviceError> {
+        for number in (self.turn..self.queues.len()).chain(0..self.turn) {
+            let Some(queue) = self.queues.get_mut(number) else { continue };
+            if let Some(chain) = queue.active.pop(self.memory)? {
+                self.turn = number.saturating_add(1);
+                return Ok(Some((number, chain)));
+            }
+        }
+        Ok(None)
+    }
+
     /// Begins the request in a chain.
-    fn take(&mut self, chain: DescriptorChain<&'m GuestMemoryMmap>) -> Result<(), DeviceError> {
+    fn take(&mut self, queue: usize, chain: DescriptorChain<&'m GuestMemoryMmap>) -> Result<(), DeviceError> {
         let head = chain.head_index();
         let mut writable = self.flights.buffers();
         self.readable.clear();
@@ -110,7 +136,7 @@ impl<'a, 'm> Service<'a, 'm> {
         let moves = request.as_ref().map_or((0, 0), Request::moves);
         self.limit.charge(moves.0.saturating_add(moves.1));
         let job = request.and_then(|request| self.disk.begin(request, &mut self.readable, &mut writable));
-        let mut flight = Flight { head, job: Job::Done, moves, writable };
+        let mut flight = Flight { queue, head, job: Job::Done, moves, writable };
         match job {
             Ok(job) => {
                 flight.job = job;
@@ -144,7 +170,7 @@ impl<'a, 'm> Service<'a, 'm> {
 
     /// Writes a request's status and gives its chain back.
     fn finish(&mut self, flight: Flight<'m>, result: &Result<(), RequestError>) -> Result<(), DeviceError> {
-        let Flight { head, moves: (filled, sent), mut writable, .. } = flight;
+        let Flight { queue, head, moves: (filled, sent), mut writable, .. } = flight;
         let status_at = status_offset(&writable)?;
         let (status, filled) = match result {
             Ok(()) => {
@@ -160,14 +186,17 @@ impl<'a, 'm> Service<'a, 'm> {
         writable.write_at(status_at, &[status]);
         // Only what was written from the first byte on counts (virtio 1.2 §2.7.8.2).
         let written = if filled == status_at { filled.saturating_add(1) } else { filled };
-        self.queue.complete(self.memory, head, written)?;
-        self.answered = true;
+        if let Some(queue) = self.queues.get_mut(queue) {
+            queue.active.complete(self.memory, head, written)?;
+            queue.answered = true;
+        }
         self.flights.done(writable);
         Ok(())
     }
 
     /// Tells the driver of answers.
     fn tell(&mut self) -> Result<(), DeviceError> {
-        if std::mem::take(&mut self.answered) { self.queue.signal_used(self.memory) } else { Ok(()) }
+        let answered = self.queues.iter_mut().filter_map(|queue| std::mem::take(&mut queue.answered).then_some(queue));
+        answered.into_iter().try_for_each(|queue| queue.active.signal_used(self.memory))
     }
 }

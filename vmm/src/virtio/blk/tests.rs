@@ -29,7 +29,7 @@ const UNSUPP: u8 = 2;
 const PENDING: u8 = 0xff;
 
 fn setup(capacity_bytes: u64, extents: Vec<(Extent, File)>) -> DiskSetup {
-    DiskSetup { capacity_bytes, extents, limits: DiskLimits::default() }
+    DiskSetup { capacity_bytes, queues: 1, extents, limits: DiskLimits::default() }
 }
 
 fn extent(first_sector: u64, sectors: u64, read_only: bool) -> Extent {
@@ -53,7 +53,7 @@ fn content(file: &File, start: u64, len: usize) -> Vec<u8> {
 }
 
 fn pod_disk(extents: Vec<(Extent, File)>) -> Result<(DeviceInfo, Blk, Handle), DiskError> {
-    device("disk0".into(), setup(POD_DISK_BYTES, extents), Some(Ring::new().expect("this host's kernel has io_uring")))
+    device("disk0".into(), setup(POD_DISK_BYTES, extents), Some(Ring::new(1).expect("this host's kernel has io_uring")))
 }
 
 struct Rig {
@@ -184,6 +184,50 @@ fn a_disk_without_a_ring_waits_for_the_host() {
     assert_eq!(rig.read(0, 0x8000), (OK, content(&scratch, 0, 0x8000)));
     assert_eq!(rig.handle.counters()[2], ("set_aside", 0));
     rig.running.stop();
+}
+
+#[test]
+fn each_queue_has_its_own_answers_and_its_turn() {
+    let setup = DiskSetup { queues: 3, ..setup(POD_DISK_BYTES, vec![(extent(0, 128, true), file(64 << 10))]) };
+    let (info, backend, handle) = device("disk0".into(), setup, None).unwrap();
+    assert_eq!((info.queue_sizes.len(), info.vectors), (3, 4));
+    assert_eq!(info.config.bytes()[34..36], [3, 0]);
+    let guest = Guest::new();
+    let (mut drivers, mut active): (Vec<_>, Vec<_>) = (0..3).map(|_| guest.queue(64)).unzip();
+    // The driver leaves the last one off.
+    active[2].queue.set_ready(false);
+    guest.write(HEADER, &[&VIRTIO_BLK_T_IN.to_le_bytes()[..], &[0; 12]].concat());
+    let mut posted = [Vec::new(), Vec::new()];
+    let addresses = |number: u64| (0x20_0000 + 512 * number, STATUS + number);
+    for request in 0..20 {
+        for (queue, heads) in (0..).zip(&mut posted) {
+            let (data, status) = addresses(2 * request + queue);
+            guest.write(status, &[PENDING]);
+            let parts = [Part::readable(HEADER, 16), Part::writable(data, 512), Part::writable(status, 1)];
+            heads.push(drivers[usize::try_from(queue).unwrap()].post(&parts));
+        }
+    }
+    drivers[1].kick();
+    let running = Running::start(backend, &guest, info.features, active);
+    for (driver, heads) in drivers.iter_mut().zip(posted) {
+        for head in heads {
+            assert_eq!(driver.wait_used(), (head, 513));
+        }
+    }
+    assert!((0..40).all(|number| guest.read(addresses(number).1, 1) == [OK]));
+    assert_eq!(handle.counters()[0], ("requests", 40));
+    // Either one wakes the disk.
+    for driver in &mut drivers[..2] {
+        let (data, status) = addresses(40);
+        driver.post(&[Part::readable(HEADER, 16), Part::writable(data, 512), Part::writable(status, 1)]);
+        driver.kick();
+        assert_eq!(driver.wait_used().1, 513);
+    }
+    running.stop();
+    for queues in [0, 9] {
+        let setup = DiskSetup { queues, capacity_bytes: 4096, extents: vec![], limits: DiskLimits::default() };
+        assert!(matches!(device("disk0".into(), setup, None), Err(DiskError::Queues(_))));
+    }
 }
 
 #[test]

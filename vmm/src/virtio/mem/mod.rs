@@ -33,7 +33,7 @@ use vmm_sys_util::eventfd::EventFd;
 use self::region::{REQUEST_BYTES, RESPONSE_BYTES, Region};
 use super::buffers::{Buffers, gather};
 use super::counters::{Snapshot, counters};
-use super::device::{Active, ActiveQueue, Backend, DeviceConfig, DeviceError, DeviceInfo, LiveConfig};
+use super::device::{Active, ActiveQueue, Backend, DeviceConfig, DeviceError, DeviceInfo, LiveConfig, SHARED_VECTORS};
 use super::inbox::{AskError, Asker, Inbox};
 use super::poller::{Poller, Wait};
 pub use region::Backing;
@@ -134,6 +134,7 @@ pub fn device(
         class: [0x05, 0x00, 0x00],
         features: UNPLUGGED_INACCESSIBLE,
         queue_sizes: vec![QUEUE_SIZE],
+        vectors: SHARED_VECTORS,
         config: DeviceConfig::Live(config.clone()),
     };
     Ok((info, Mem { region, backing, config, inbox, settled: Box::new(settled), counters }, handle))

@@ -16,6 +16,8 @@
     )
 )]
 
+mod control;
+mod pair;
 mod receive;
 mod tap;
 #[cfg(test)]
@@ -24,23 +26,22 @@ mod tests;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
+use std::thread;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
-    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
 };
 use virtio_queue::QueueT;
 use vm_memory::GuestMemoryMmap;
-use vmm_sys_util::epoll::EventSet;
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use self::receive::Receiver;
+use self::control::{Change, Control};
+use self::pair::Pair;
 pub use self::tap::TapError;
-use super::buffers::{Buffers, gather};
 use super::counters::counters;
-use super::device::{Active, ActiveQueue, Backend, DeviceConfig, DeviceError, DeviceInfo};
-use super::poller::{Poller, Wait};
+use super::device::{Active, ActiveQueue, Backend, DeviceConfig, DeviceError, DeviceInfo, SHARED_VECTORS};
 
 /// Bytes of `struct virtio_net_hdr_v1`.
 const HEADER_BYTES: usize = 12;
@@ -48,16 +49,20 @@ const HEADER_BYTES: usize = 12;
 /// Longest packet with its header: 64 KiB of IP behind an Ethernet header with a VLAN tag (virtio 1.2 §5.1.6.3.1).
 const PACKET_BYTES: usize = HEADER_BYTES + 18 + 65_535;
 
-/// Entries of the receive and the transmit queue.
-const QUEUE_SIZES: [u16; 2] = [256, 256];
+/// Entries of a receive and of a transmit queue.
+const QUEUE_SIZE: u16 = 256;
+
+/// Entries of the control queue, on which a driver waits for each answer.
+const CONTROL_SIZE: u16 = 16;
+
+/// Queues of a pair.
+const PAIR: usize = 2;
+
+/// Most pairs.
+pub const MOST_PAIRS: usize = 8;
 
 /// Most packets in one direction before the other has its turn.
 const BATCH: usize = 64;
-
-const STOP: u64 = 0;
-const TAP: u64 = 1;
-const RX_KICK: u64 = 2;
-const TX_KICK: u64 = 3;
 
 counters! {
     received_packets,
@@ -67,32 +72,47 @@ counters! {
     dropped_packets,
 }
 
-/// The interface's thread.
+/// The interface's first thread; each further pair of queues that the driver uses has one of its own as long as it does.
 pub struct Net {
-    tap: File,
+    name: String,
+    /// One for each pair of queues: the same interface of the host's.
+    taps: Vec<File>,
+    /// Those of the taps that packets are given to: the first ones.
+    attached: usize,
     counters: Arc<Counters>,
-    /// [`tap::set_offloads`], but in tests without a tap.
+    switches: Switches,
+}
+
+/// What a tap is told; in tests without a tap, nothing.
+#[derive(Clone, Copy)]
+struct Switches {
     set_offloads: fn(&File, u64) -> io::Result<()>,
+    attach: fn(&File, bool) -> io::Result<()>,
 }
 
-/// Makes an interface that announces `mac`.
-pub fn device(name: String, tap: File, mac: [u8; 6]) -> Result<(DeviceInfo, Net, Arc<Counters>), TapError> {
-    tap::prepare(&tap)?;
-    let counters = Arc::<Counters>::default();
-    let ours = Arc::clone(&counters);
-    Ok((info(name, mac), Net { tap, counters, set_offloads: tap::set_offloads }, ours))
+/// Makes an interface that announces `mac`, with a pair of queues for each of `taps`.
+pub fn device(name: String, taps: Vec<File>, mac: [u8; 6]) -> Result<(DeviceInfo, Net, Arc<Counters>), TapError> {
+    if !(1..=MOST_PAIRS).contains(&taps.len()) {
+        return Err(TapError::Count(taps.len()));
+    }
+    taps.iter().try_for_each(|tap| tap::prepare(tap, taps.len() > 1))?;
+    Ok(parts(name, taps, mac, Switches { set_offloads: tap::set_offloads, attach: tap::attach }))
 }
 
-/// An interface in front of a socket that keeps packets apart, for tests and fuzz targets.
+/// An interface in front of sockets that keep packets apart, for tests and fuzz targets.
 #[cfg(any(test, feature = "testing"))]
-pub fn on_socket(socket: File) -> (DeviceInfo, Net, Arc<Counters>) {
-    let counters = Arc::<Counters>::default();
-    let ours = Arc::clone(&counters);
-    (info("net0".into(), [2; 6]), Net { tap: socket, counters, set_offloads: |_, _| Ok(()) }, ours)
+pub fn on_sockets(sockets: Vec<File>) -> (DeviceInfo, Net, Arc<Counters>) {
+    parts("net0".into(), sockets, [2; 6], Switches { set_offloads: |_, _| Ok(()), attach: |_, _| Ok(()) })
 }
 
-fn info(name: String, mac: [u8; 6]) -> DeviceInfo {
-    let features = [
+fn parts(name: String, taps: Vec<File>, mac: [u8; 6], switches: Switches) -> (DeviceInfo, Net, Arc<Counters>) {
+    let counters = Arc::<Counters>::default();
+    let (info, attached) = (info(name.clone(), taps.len(), mac), taps.len());
+    (info, Net { name, taps, attached, counters: Arc::clone(&counters), switches }, counters)
+}
+
+fn info(name: String, pairs: usize, mac: [u8; 6]) -> DeviceInfo {
+    let mut features = vec![
         VIRTIO_NET_F_CSUM,
         VIRTIO_NET_F_GUEST_CSUM,
         VIRTIO_NET_F_MAC,
@@ -102,107 +122,97 @@ fn info(name: String, mac: [u8; 6]) -> DeviceInfo {
         VIRTIO_NET_F_HOST_TSO6,
         VIRTIO_NET_F_MRG_RXBUF,
     ];
+    let mut queue_sizes = vec![QUEUE_SIZE; pairs.saturating_mul(PAIR)];
+    // `struct virtio_net_config` (virtio 1.2 §5.1.4), as far as what is offered needs it.
+    let mut config = mac.to_vec();
+    let mut vectors = SHARED_VECTORS;
+    if pairs > 1 {
+        features.extend([VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ]);
+        queue_sizes.push(CONTROL_SIZE);
+        config.extend([0; 2]); // status, not offered
+        config.extend(u16::try_from(pairs).unwrap_or(u16::MAX).to_le_bytes());
+        vectors = u16::try_from(queue_sizes.len()).unwrap_or(u16::MAX).saturating_add(1);
+    }
     DeviceInfo {
         name,
         id: u16::try_from(VIRTIO_ID_NET).unwrap_or_default(),
         // Network controller, Ethernet.
         class: [0x02, 0x00, 0x00],
         features: features.iter().fold(0, |bits, bit| bits | 1 << bit),
-        queue_sizes: QUEUE_SIZES.to_vec(),
-        config: DeviceConfig::Fixed(mac.to_vec()),
+        queue_sizes,
+        vectors,
+        config: DeviceConfig::Fixed(config),
     }
 }
 
 impl Backend for Net {
     fn run(&mut self, active: &mut Active, stop: &EventFd) -> Result<(), DeviceError> {
-        (self.set_offloads)(&self.tap, active.features)?;
+        let has = |bit: u32| active.features & (1 << bit) != 0;
+        let (merge, most) = (has(VIRTIO_NET_F_MRG_RXBUF), if has(VIRTIO_NET_F_MQ) { self.taps.len() } else { 1 });
         let memory = &*active.memory;
-        let [rx, tx, ..] = active.queues.as_mut_slice() else {
-            return Err(DeviceError::Driver("a network interface needs its two queues"));
-        };
-        let merge = active.features & (1 << VIRTIO_NET_F_MRG_RXBUF) != 0;
-        let mut receiver = Receiver::new(memory, rx, merge);
-        let outcome = self.serve(&mut receiver, tx, memory, stop);
-        receiver.give_back();
-        outcome
+        // The control queue is behind the pairs that the driver may use (virtio 1.2 §5.1.2).
+        let queues = active.queues.as_mut_slice();
+        let (queues, rest) = queues.split_at_mut_checked(most.saturating_mul(PAIR)).unwrap_or_default();
+        let control = rest.first_mut().filter(|queue| queue.queue.ready());
+        let mut control = control.map(|queue| Control::new(memory, queue, most));
+        if let Some(tap) = self.taps.first() {
+            (self.switches.set_offloads)(tap, active.features)?;
+        }
+        self.attach(1)?;
+        while let Some(change) = self.serve(queues, memory, merge, stop, control.as_mut())? {
+            self.attach(change.pairs)?;
+            control.as_mut().map_or(Ok(()), |control| control.done(change))?;
+        }
+        Ok(())
     }
 }
 
 impl Net {
-    fn serve(
+    /// Has the host give packets to so many of the taps.
+    fn attach(&mut self, wanted: usize) -> io::Result<()> {
+        for (number, tap) in self.taps.iter().enumerate() {
+            let (is, shall_be) = (number < self.attached, number < wanted);
+            if is != shall_be {
+                (self.switches.attach)(tap, shall_be)?;
+            }
+        }
+        self.attached = wanted;
+        Ok(())
+    }
+
+    /// Serves the pairs that are attached, each in a thread but for the first, until one of them ends and so all do.
+    fn serve<'c>(
         &self,
-        receiver: &mut Receiver<'_>,
-        tx: &mut ActiveQueue,
+        queues: &mut [ActiveQueue],
         memory: &GuestMemoryMmap,
+        merge: bool,
         stop: &EventFd,
-    ) -> Result<(), DeviceError> {
-        let (mut readable, mut writable) = (Buffers::new(memory), Buffers::new(memory));
-        let mut poller = Poller::new()?;
-        poller.add(stop, EventSet::IN, STOP)?;
-        poller.add(receiver.kick(), EventSet::IN, RX_KICK)?;
-        poller.add(&tx.kick, EventSet::IN, TX_KICK)?;
-        // Edge by edge: the receiver remembers that there is something, also while the guest has no room for it.
-        poller.add(&self.tap, EventSet::IN | EventSet::EDGE_TRIGGERED, TAP)?;
-        let mut sending = true;
-        loop {
-            receiver.serve(&self.tap, &self.counters)?;
-            if sending {
-                sending = self.send(tx, memory, &mut readable, &mut writable)?;
-            }
-            let wait = if sending || receiver.has_work() { Wait::Poll } else { Wait::Block };
-            for (token, events) in poller.wait(wait)? {
-                match token {
-                    STOP => return Ok(()),
-                    TAP => receiver.tap_is_ready(events),
-                    RX_KICK => receiver.kicked(),
-                    _ => {
-                        let _count = tx.kick.read();
-                        sending = true;
-                    }
-                }
-            }
+        control: Option<&mut Control<'c>>,
+    ) -> Result<Option<Change<'c>>, DeviceError> {
+        let mut pairs = queues.chunks_mut(PAIR).zip(&self.taps).take(self.attached);
+        let (first, tap) = pairs.next().ok_or(DeviceError::Driver("a network interface needs its two queues"))?;
+        let pair = |queues, tap| Pair::new(memory, queues, tap, &self.counters, merge);
+        if self.attached == 1 {
+            return pair(first, tap)?.serve(&[stop], control);
         }
-    }
-
-    /// Sends a batch of the guest's packets; tells whether there are more.
-    fn send<'m>(
-        &self,
-        tx: &mut ActiveQueue,
-        memory: &'m GuestMemoryMmap,
-        readable: &mut Buffers<'m>,
-        writable: &mut Buffers<'m>,
-    ) -> Result<bool, DeviceError> {
-        let mut turns = 0..BATCH;
-        let (mut used, mut more) = (false, true);
-        while more && turns.next().is_some() {
-            let Some(chain) = tx.pop(memory)? else {
-                more = tx.queue.enable_notification(memory)?;
-                continue;
+        let halt = EventFd::new(EFD_NONBLOCK)?;
+        thread::scope(|scope| {
+            let spawn = |(number, (queues, tap)): (usize, (_, _))| {
+                let (halt, pair) = (&halt, &pair);
+                let work = move || {
+                    let outcome = pair(queues, tap).and_then(|pair| pair.serve(&[stop, halt], None));
+                    halt.write(1)?;
+                    outcome.map(drop)
+                };
+                thread::Builder::new().name(format!("{}.{number}", self.name)).spawn_scoped(scope, work)
             };
-            let head = chain.head_index();
-            readable.clear();
-            writable.clear();
-            gather(chain, readable, writable)?;
-            self.transmit(readable);
-            tx.complete(memory, head, 0)?;
-            used = true;
-        }
-        if used {
-            tx.signal_used(memory)?;
-        }
-        Ok(more)
-    }
-
-    /// Gives one packet to the tap. One that is malformed, or that the tap refuses, is dropped.
-    fn transmit(&self, packet: &mut Buffers<'_>) {
-        let len = packet.len();
-        let sent = (HEADER_BYTES..=PACKET_BYTES).contains(&len) && packet.send(0..len, &self.tap).is_ok();
-        if sent {
-            self.counters.sent_packets.add(1);
-            self.counters.sent_bytes.add(payload(len));
-        } else {
-            self.counters.dropped_packets.add(1);
-        }
+            let threads = (1..).zip(pairs).map(spawn).collect::<io::Result<Vec<_>>>();
+            let outcome = if threads.is_ok() { pair(first, tap)?.serve(&[stop, &halt], control) } else { Ok(None) };
+            halt.write(1)?;
+            // A thread that panicked has taken the process with it.
+            threads?.into_iter().try_for_each(|thread| thread.join().unwrap_or(Ok(())))?;
+            outcome
+        })
     }
 }
 

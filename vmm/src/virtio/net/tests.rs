@@ -1,5 +1,7 @@
 //! The whole interface between a fake guest and a socket that keeps packets apart, as a tap does.
 
+mod pairs;
+
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
@@ -33,7 +35,7 @@ impl Rig {
         for socket in [&tap, &network] {
             setsockopt(socket, sockopt::SndBuf, &(1 << 20)).unwrap();
         }
-        let (_, backend, handle) = on_socket(tap.into());
+        let (_, backend, handle) = on_sockets(vec![tap.into()]);
         let guest = Guest::new();
         let (rx, active_rx) = guest.queue(size);
         let (tx, active_tx) = guest.queue(size);
