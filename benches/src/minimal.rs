@@ -121,7 +121,6 @@ impl Minimal {
             disks: Vec::new(),
             nets: Vec::new(),
             vsock: Some(Vsock { listener: give(listener(&self.path("vsock"), SockType::Stream)?)? }),
-            rng: false,
             control: Some(give(listener(&self.path("control"), SockType::SeqPacket)?)?),
             events: Some(give(File::options().create(true).append(true).open(self.path("events"))?.into())?),
         };

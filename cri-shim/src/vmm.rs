@@ -254,7 +254,6 @@ fn program(config: &CoreConfig, launch: Launch<'_>) -> Result<Program> {
         }],
         nets: if taps.is_empty() { Vec::new() } else { vec![Net { taps, mac: BOOT_MAC }] },
         vsock: Some(Vsock { listener: fds.give(listener(dir, &dir.vsock(), SockType::Stream)?) }),
-        rng: true,
         control: Some(fds.give(listener(dir, &dir.control(), SockType::SeqPacket)?)),
         events: Some(fds.give(append(&dir.events())?)),
     };

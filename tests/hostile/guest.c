@@ -21,7 +21,7 @@ typedef unsigned long u64;
 enum { SLOTS = 32, QUEUE = 16, QUEUES = 8, BUFFER = 4096 };
 enum { DESC_NEXT = 1, DESC_WRITE = 2, DESC_INDIRECT = 4 };
 enum { ACKNOWLEDGED = 1, DRIVER = 2, DRIVER_OK = 4, FEATURES_OK = 8, NEEDS_RESET = 64 };
-enum { ID_NET = 1, ID_BLOCK = 2, ID_RNG = 4, ID_VSOCK = 19 };
+enum { ID_NET = 1, ID_BLOCK = 2, ID_VSOCK = 19 };
 #define ECAM 0xe0000000UL
 #define EVENT_IDX (1U << 29)
 // Above any memory of this guest.
@@ -325,32 +325,22 @@ static void post_read(u16 head)
 	publish(0, head);
 }
 
-// A whole request for entropy.
-static void post_fill(u16 head)
-{
-	put(0, head, (u64)buffers[1], 64, DESC_WRITE, 0);
-	publish(0, head);
-}
-
 // Requests that keep the rules, to the devices that answer by themselves.
 static void check(void)
 {
 	for (u32 i = 0; i < count; i++) {
 		struct device *device = &devices[i];
-		if (device->id != ID_BLOCK && device->id != ID_RNG)
+		if (device->id != ID_BLOCK)
 			continue;
 		if (!begin(device)) {
 			report(device, 0, "check", "stuck");
 			continue;
 		}
 		buffers[2][0] = 0xff;
-		if (device->id == ID_BLOCK)
-			post_read(0);
-		else
-			post_fill(0);
+		post_read(0);
 		kick(device, 0);
 		char seen = outcome(device, 0, PATIENCE);
-		int good = seen == 'u' && (device->id != ID_BLOCK || ((volatile u8 *)buffers[2])[0] == 0);
+		int good = seen == 'u' && ((volatile u8 *)buffers[2])[0] == 0;
 		report(device, 0, "check", good ? "works" : "broken");
 		reset(device);
 	}
@@ -382,10 +372,7 @@ static void resets_mode(u64 rounds)
 			if (!begin(device))
 				report(device, 0, "resets", "stuck");
 			for (u16 head = 0; head + 3 <= QUEUE; head += 3)
-				if (device->id == ID_RNG)
-					post_fill(head);
-				else
-					post_read(head);
+				post_read(head);
 			kick(device, 0);
 			if (random() % 2)
 				kick(device, random() % device->queues);

@@ -26,7 +26,7 @@ const LIFE: Duration = Duration::from_secs(300);
 /// For a command.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Devices that the guest waits for: disk, vsock, entropy; then file system, balloon and memory, which are plugged in.
+/// Devices that the guest waits for: vsock and two disks; then file system, balloon and memory, which are plugged in.
 const DEVICES: u32 = 6;
 
 /// The most failures of one device that a VMM writes down, with room for those that come while it hears of the last.
@@ -119,7 +119,7 @@ impl Remains {
     /// The devices that answer by themselves still do, and none got stuck.
     fn assert_working(&self) {
         let works = self.said.lines().filter(|line| line.ends_with("check: works")).count();
-        assert_eq!(works, 2, "disk and entropy device work: {}", self.said);
+        assert_eq!(works, 2, "both disks work: {}", self.said);
         assert!(!self.said.contains("stuck") && !self.said.contains("broken"), "{}", self.said);
         assert!(self.said.ends_with("end\n"), "{}", self.said);
     }
@@ -146,9 +146,13 @@ fn build() -> PathBuf {
 }
 
 fn config(mode: &str, path: &dyn Fn(&str) -> PathBuf, given: &mut Given) -> Config {
-    let disk = File::options().read(true).write(true).create_new(true).open(path("disk")).expect("creates");
-    disk.set_len(DISK_BYTES).expect("grows");
-    let extent = Extent { first_sector: 0, sectors: DISK_BYTES / 512, read_only: false, file: given.give(disk) };
+    let mut disk = |name, queues| {
+        let file = File::options().read(true).write(true).create_new(true).open(path(name)).expect("creates");
+        file.set_len(DISK_BYTES).expect("grows");
+        let extent = Extent { first_sector: 0, sectors: DISK_BYTES / 512, read_only: false, file: given.give(file) };
+        Disk { capacity_bytes: DISK_BYTES, queues, extents: vec![extent], limits: DiskLimits::default() }
+    };
+    let disks = vec![disk("disk0", 1), disk("disk1", 2)];
     let control = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).expect("a socket");
     bind(control.as_raw_fd(), &UnixAddr::new(&path("control")).expect("a short path")).expect("binds");
     listen(&control, Backlog::new(1).expect("fits")).expect("listens");
@@ -162,15 +166,9 @@ fn config(mode: &str, path: &dyn Fn(&str) -> PathBuf, given: &mut Given) -> Conf
         memory_mib: 64,
         room_mib: 128,
         console: Console::Serial { input: None },
-        disks: vec![Disk {
-            capacity_bytes: DISK_BYTES,
-            queues: 1,
-            extents: vec![extent],
-            limits: DiskLimits::default(),
-        }],
+        disks,
         nets: Vec::new(),
         vsock: Some(Vsock { listener: given.give(UnixListener::bind(path("vsock")).expect("binds")) }),
-        rng: true,
         control: Some(given.give(control)),
         events: Some(given.give(File::options().create(true).append(true).open(path("events")).expect("creates"))),
     }
@@ -199,7 +197,7 @@ fn spoilt_rings_isolate_a_device_and_nothing_else() {
         let line = format!("device 2 queue 0 {attack}: reset");
         assert!(remains.said.contains(&line), "no {line:?} in {}", remains.said);
     }
-    for device in ["disk0", "vsock", "rng", "fs0"] {
+    for device in ["disk0", "vsock", "disk1", "fs0"] {
         assert!(remains.failures(device) > 0, "{device}: {:?}", remains.events);
     }
 }
@@ -220,7 +218,7 @@ fn devices_are_reset_with_requests_in_flight() {
     let remains = Hostile::start("resets").survived();
     remains.assert_working();
     // Their requests keep the rules, and a reset is no failure.
-    for device in ["disk0", "rng"] {
+    for device in ["disk0", "disk1"] {
         assert_eq!(remains.failures(device), 0, "{device}: {:?}", remains.events);
     }
 }

@@ -114,7 +114,6 @@ pub struct Setup {
     pub disks: Vec<DiskSetup>,
     pub nets: Vec<([u8; 6], Vec<File>)>,
     pub vsock: Option<OwnedFd>,
-    pub rng: bool,
     pub control: Option<OwnedFd>,
     pub events: Option<File>,
 }
@@ -161,7 +160,6 @@ fn check(config: Config) -> Result<Setup, ConfigError> {
             .map(|net| Ok((net.mac, fds.take_taps(&net.taps)?)))
             .collect::<Result<_, ConfigError>>()?,
         vsock: config.vsock.map(|vsock| fds.take("the vsock listener", vsock.listener, Kind::Socket)).transpose()?,
-        rng: config.rng,
         control: config.control.map(|fd| fds.take("control", fd, Kind::Socket)).transpose()?,
         events: config.events.map(|fd| fds.take("events", fd, Kind::Any)).transpose()?.map(File::from),
     })

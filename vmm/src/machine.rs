@@ -32,7 +32,7 @@ use crate::virtio::counters::Snapshot;
 use crate::virtio::device::{Backend, DeviceInfo};
 use crate::virtio::poller::{Poller, Wait};
 use crate::virtio::transport::{TransportError, VirtioPci};
-use crate::virtio::{balloon, blk, fs, mem, net, rng, vsock};
+use crate::virtio::{balloon, blk, fs, mem, net, vsock};
 
 const NOTES: u64 = 0;
 const SIGNALS: u64 = 1;
@@ -175,12 +175,6 @@ impl Devices {
             Some((_, handle)) => Ok(handle.look()?),
             None => Ok(mem::Plugged { bytes: 0, settled: true }),
         }
-    }
-
-    /// Plugs in the entropy device.
-    pub fn add_rng(&mut self) -> Result<(), DeviceSetupError> {
-        let (info, backend, counters) = rng::device();
-        self.plug(info, Box::new(backend), Box::new(move || counters.snapshot())).map(drop)
     }
 
     fn plug(&mut self, info: DeviceInfo, backend: Box<dyn Backend>, meter: Meter) -> Result<usize, DeviceSetupError> {

@@ -127,9 +127,6 @@ fn boot(setup: Setup, events: &mut Events) -> Result<i32, StartError> {
     for (mac, taps) in setup.nets {
         devices.add_net(mac, taps)?;
     }
-    if setup.rng {
-        devices.add_rng()?;
-    }
     // What is read before it is written would become a page of zeroes, and then small pages: memory comes first.
     if let (Some(first), true) = (vcpus.first(), populated) {
         kvm::map_ahead(first, memory::first_pages(loaded.extent));

@@ -199,7 +199,6 @@ fn pericarp(place: &Place, directory: &Path, disk: &Path) -> Result<Started> {
         }],
         nets: vec![Net { taps: vec![given.give(tap::open(OURS.tap)?)?], mac: [2, 0, 0, 0, 0, 1] }],
         vsock: Some(Vsock { listener: given.give(UnixListener::bind(directory.join("vsock"))?)? }),
-        rng: false,
         control: None,
         events: None,
     };

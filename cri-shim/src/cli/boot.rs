@@ -124,7 +124,6 @@ impl Boot {
             disks,
             nets: Vec::new(),
             vsock: None,
-            rng: false,
             control: None,
             events: events.transpose()?.map(|file| inherited.give(file)).transpose()?,
         };

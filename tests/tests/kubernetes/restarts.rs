@@ -28,14 +28,23 @@ fn pods_outlive(name: &str, programs: &[&'static str]) {
 
 /// What there is once pods of earlier tests are gone.
 fn settled(cluster: &Cluster) -> pericarp_tests::Inventory {
+    let mut last = None;
     cluster.eventually("earlier pods and their cgroups to be gone", || {
         let below =
             ["/sys/fs/cgroup/kubepods", "/sys/fs/cgroup/kubepods/burstable", "/sys/fs/cgroup/kubepods/besteffort"];
-        let names = below.iter().filter_map(|path| std::fs::read_dir(path).ok()).flatten().flatten();
-        let cgroups = names.into_iter().filter(|entry| entry.file_name().to_string_lossy().starts_with("pod")).count();
+        let entries = below.iter().filter_map(|path| std::fs::read_dir(path).ok()).flatten().flatten();
+        let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        let cgroups: Vec<_> = names.filter(|name| name.starts_with("pod")).collect();
         // The DNS server is of another namespace, and stays.
         let pods = |more: &[&str]| cluster.crictl(["pods", "-q"].iter().chain(more).copied()).ok().lines().count();
-        pods(&["--namespace", "default"]) == 0 && cgroups == pods(&[])
+        let (ours, all) = (pods(&["--namespace", "default"]), pods(&[]));
+        let settled = ours == 0 && cgroups.len() == all;
+        let now = Some((ours, all, cgroups));
+        if last != now {
+            println!("pods of these tests, all pods, cgroups: {now:?}");
+            last = now;
+        }
+        settled
     });
     cluster.inventory()
 }

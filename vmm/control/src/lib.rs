@@ -69,9 +69,6 @@ pub struct Config {
     /// The vsock device's host side.
     #[serde(default)]
     pub vsock: Option<Vsock>,
-    /// Whether the guest has a virtio-rng beside the seed it boots with.
-    #[serde(default)]
-    pub rng: bool,
     /// A listening `SOCK_SEQPACKET` unix socket for [`Command`]s.
     #[serde(default)]
     pub control: Option<RawFd>,

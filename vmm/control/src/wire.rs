@@ -21,7 +21,7 @@ pub struct Limits {
 const KERNEL_FDS: usize = 253;
 
 /// Of a VMM's control socket.
-pub const CONTROL: Limits = Limits { bytes: 128 << 10, fds: 4 };
+pub const CONTROL: Limits = Limits { bytes: 128 << 10, fds: 8 };
 
 /// Sends one packet.
 pub fn send<T: Serialize>(socket: BorrowedFd<'_>, limits: Limits, message: &T, fds: &[RawFd]) -> io::Result<()> {

@@ -235,19 +235,6 @@ impl<'m> Buffers<'m> {
         })
     }
 
-    /// Fills `range` from the kernel's random generator: getrandom(2).
-    pub fn randomize(&mut self, range: Range<usize>) -> io::Result<()> {
-        for part in self.pieces(range) {
-            let mut filled = 0_usize;
-            while filled < part.iov_len {
-                let (base, len) = (part.iov_base.wrapping_byte_add(filled), part.iov_len.saturating_sub(filled));
-                // SAFETY: this is the rest of a piece, which is mapped, writable guest memory (see `slices`).
-                filled = filled.saturating_add(repeat_interrupted(|| unsafe { libc::getrandom(base, len, 0) })?);
-            }
-        }
-        Ok(())
-    }
-
     /// Makes a system call over `range`, again after a signal.
     fn vectored(&mut self, range: Range<usize>, call: impl Fn(*const iovec, c_int) -> isize) -> io::Result<usize> {
         self.vectored_with(range, None, call)
@@ -401,16 +388,6 @@ mod tests {
         buffers.discard_front(0);
         buffers.discard_front(3);
         assert!(buffers.is_empty());
-    }
-
-    #[test]
-    fn random_bytes_stay_in_their_range() {
-        let guest = Guest::new();
-        let (_, mut buffers) = load(&guest, &[Part::writable(0x10_0000, 64)]).unwrap();
-        buffers.randomize(8..56).unwrap();
-        let bytes = guest.read(0x10_0000, 64);
-        assert!(bytes[..8].iter().chain(&bytes[56..]).all(|byte| *byte == 0));
-        assert!(bytes[8..56].iter().any(|byte| *byte != 0));
     }
 
     #[test]

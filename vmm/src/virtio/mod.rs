@@ -11,7 +11,6 @@ pub mod mem;
 pub mod net;
 pub mod poller;
 pub mod registers;
-pub mod rng;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod transport;

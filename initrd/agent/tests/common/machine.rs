@@ -261,7 +261,6 @@ impl Guest {
             }],
             nets: Vec::new(),
             vsock: Some(Vsock { listener: inherited(&vsock) }),
-            rng: true,
             control: Some(inherited(&control)),
             events: Some(inherited(&events)),
         };

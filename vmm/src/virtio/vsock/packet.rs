@@ -27,7 +27,7 @@ pub(super) const SHUTDOWN_SEND: u32 = 2;
 pub(super) const SHUTDOWN_BOTH: u32 = SHUTDOWN_RECEIVE | SHUTDOWN_SEND;
 
 /// A connection, by its two ports: each side has one address only.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Ports {
     pub(super) host: u32,
     pub(super) guest: u32,

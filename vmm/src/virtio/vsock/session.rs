@@ -4,7 +4,7 @@
 //! the guest has taken answers (virtio 1.2 §5.10.6.2). Connections that have something for the guest stand in line
 //! and say one packet each in turn.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::mem;
 use std::time::{Duration, Instant};
@@ -66,9 +66,9 @@ pub(super) struct Session<'a> {
 
 /// Connections and who of them waits for what.
 struct Table {
-    connections: HashMap<Ports, Connection>,
+    connections: BTreeMap<Ports, Connection>,
     /// Clients that have not named their port yet, by their host port, which is theirs alone for a very long time.
-    handshakes: HashMap<u32, Handshake>,
+    handshakes: BTreeMap<u32, Handshake>,
     /// Connections that have something for the guest, each once.
     line: VecDeque<Ports>,
     /// Resets for connections that are not there any more or never were.
@@ -535,8 +535,8 @@ impl<'a> Session<'a> {
 impl Table {
     fn new(patience: Duration) -> Self {
         Self {
-            connections: HashMap::new(),
-            handshakes: HashMap::new(),
+            connections: BTreeMap::new(),
+            handshakes: BTreeMap::new(),
             line: VecDeque::new(),
             resets: VecDeque::new(),
             deadlines: Deadlines { patience, waiting: VecDeque::new() },
@@ -567,7 +567,7 @@ impl Table {
 
     /// Resets every connection of a sink.
     fn reset_all(&mut self, host: u32) {
-        for (ports, _) in self.connections.extract_if(|ports, _| ports.host == host) {
+        for (ports, _) in self.connections.extract_if(.., |ports, _| ports.host == host) {
             self.line.retain(|waiting| *waiting != ports);
             self.resets.push_back(ports);
         }
