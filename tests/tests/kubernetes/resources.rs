@@ -233,7 +233,7 @@ fn too_much_ephemeral_storage_evicts() {
 #[test]
 fn too_little_memory_evicts_who_took_it() {
     let cluster = Cluster::get();
-    let modest = Pod::run(&cluster, "modest", &json!({"containers": [container("c", &limited("64Mi", "10m"))]}));
+    let modest = Pod::run(&cluster, "modest", &json!({"containers": [container("c", &limited("64Mi", "100m"))]}));
     let available = || {
         let summary = cluster.at("/api/v1/nodes/node1/proxy/stats/summary");
         summary["node"]["memory"]["availableBytes"].as_u64().unwrap_or_else(|| panic!("{}", summary["node"])) / MIB
