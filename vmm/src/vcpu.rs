@@ -25,88 +25,27 @@
 )]
 #![expect(unsafe_code, reason = "a signal handler reaches the kvm_run page of its thread")]
 
+mod gate;
+#[cfg(test)]
+mod tests;
+
 use std::cell::Cell;
 use std::io;
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{self, Arc};
 use std::thread::{Builder, JoinHandle};
-use std::time::Duration;
 
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
+use self::gate::{Gate, Phase};
 use crate::bus::Bus;
 use crate::notes::{End, Note, Notifier};
 
 /// The way an operating system resets a PC when all others fail, or what a fault in its fault handlers leads to.
 const TRIPLE_FAULT: &str = "the guest's CPU shut down after a triple fault";
-
-/// Longest wait for every virtual CPU to stop; each is either in `KVM_RUN` or in one short access.
-const PATIENCE: Duration = Duration::from_secs(5);
-
-/// What virtual CPUs may do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
-    Run,
-    Pause,
-    End,
-}
-
-#[derive(Debug)]
-struct Held {
-    phase: Phase,
-    /// CPUs that have stopped.
-    count: usize,
-}
-
-/// Holds virtual CPUs between two entries into the guest. The main thread changes it, their threads obey.
-#[derive(Debug)]
-struct Gate {
-    held: Mutex<Held>,
-    changed: Condvar,
-}
-
-impl Gate {
-    /// Open.
-    fn new() -> Self {
-        Self { held: Mutex::new(Held { phase: Phase::Run, count: 0 }), changed: Condvar::new() }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Held> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn set(&self, phase: Phase) {
-        self.lock().phase = phase;
-        self.changed.notify_all();
-    }
-
-    /// Called by a CPU that was kicked: waits while the gate is closed; false if the CPU must leave.
-    fn pass(&self) -> bool {
-        let mut held = self.lock();
-        if held.phase == Phase::Run {
-            return true;
-        }
-        held.count = held.count.saturating_add(1);
-        self.changed.notify_all();
-        let mut held =
-            self.changed.wait_while(held, |held| held.phase == Phase::Pause).unwrap_or_else(PoisonError::into_inner);
-        let run = held.phase == Phase::Run;
-        if run {
-            held.count = held.count.saturating_sub(1);
-        }
-        run
-    }
-
-    /// Waits until `cpus` of them have stopped; false if they do not in time.
-    fn wait_for(&self, cpus: usize) -> bool {
-        let result = self.changed.wait_timeout_while(self.lock(), PATIENCE, |held| held.count < cpus);
-        let (held, _) = result.unwrap_or_else(PoisonError::into_inner);
-        held.count >= cpus
-    }
-}
 
 /// Exits that reached this process, by kind. One thread counts, any may read.
 #[derive(Debug, Default)]
