@@ -207,7 +207,10 @@ impl Net {
                 thread::Builder::new().name(format!("{}.{number}", self.name)).spawn_scoped(scope, work)
             };
             let threads = (1..).zip(pairs).map(spawn).collect::<io::Result<Vec<_>>>();
-            let outcome = if threads.is_ok() { pair(first, tap)?.serve(&[stop, &halt], control) } else { Ok(None) };
+            let outcome = match &threads {
+                Ok(_) => pair(first, tap).and_then(|pair| pair.serve(&[stop, &halt], control)),
+                Err(_) => Ok(None),
+            };
             halt.write(1)?;
             // A thread that panicked has taken the process with it.
             threads?.into_iter().try_for_each(|thread| thread.join().unwrap_or(Ok(())))?;
