@@ -223,7 +223,8 @@ fn too_much_ephemeral_storage_evicts() {
     let limits = json!({"resources": {"limits": {"ephemeral-storage": "10Mi"}}});
     let pod = Pod::run(&cluster, "storage", &json!({"containers": [container("c", &limits)]}));
     let beside = Pod::run(&cluster, "storage-beside", &json!({"containers": [container("c", &limits)]}));
-    pod.sh("dd if=/dev/zero of=/large bs=1M count=40 2>/dev/null; sync");
+    // The pod may be evicted before the command has ended.
+    let _outcome = pod.exec("dd if=/dev/zero of=/large bs=1M count=40 2>/dev/null; sync");
     cluster.eventually("the eviction", || pod.object()["status"]["reason"] == "Evicted");
     let message = pod.object()["status"]["message"].clone();
     assert!(message.as_str().is_some_and(|text| text.contains("ephemeral")), "{message}");
