@@ -1,6 +1,7 @@
 //! How large a pod's VM is, and can become. One rule, here and nowhere else.
 
 use serde::{Deserialize, Serialize};
+use vmm_control::MOST_QUEUES;
 
 use crate::error::{Error, Result};
 use crate::pod::CoreConfig;
@@ -15,9 +16,6 @@ const LEAST_MIB: u32 = 96;
 
 /// The most virtual CPUs that a VMM gives a guest.
 const MOST_VCPUS: u8 = 64;
-
-/// The most queues that a VMM gives a device.
-const MOST_QUEUES: u8 = 8;
 
 /// The most memory that a VMM plugs, in MiB.
 const MOST_ROOM_MIB: u32 = 1 << 20;

@@ -27,6 +27,9 @@ pub const SECTOR_BYTES: u64 = 512;
 /// runs, so adding one needs neither a new device nor a change of capacity.
 pub const POD_DISK_BYTES: u64 = 1 << 44;
 
+/// Most queues of a disk, and pairs of queues of a network interface.
+pub const MOST_QUEUES: u8 = 8;
+
 /// vsock port on the host that the agent dials once, when it listens: the VMM answers with a reset and an
 /// [`EventKind::AgentConnected`]. Connections asked for earlier wait until then.
 pub const READY_PORT: u32 = 1024;
@@ -97,7 +100,7 @@ pub enum Console {
 pub struct Disk {
     /// Size that the guest sees: [`POD_DISK_BYTES`] for the pod disk; a multiple of [`SECTOR_BYTES`].
     pub capacity_bytes: u64,
-    /// Queues for requests, 1 to 8, so that as many of the guest's CPUs need not wait for one another.
+    /// Queues for requests, 1 to [`MOST_QUEUES`], so that as many of the guest's CPUs need not wait for one another.
     #[serde(default = "one")]
     pub queues: u8,
     /// Extents present at boot; they may not overlap. Sectors outside every extent answer with I/O errors.
@@ -141,7 +144,7 @@ pub struct Extent {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Net {
-    /// The tap: a descriptor for each pair of queues, 1 to 8; several if it has `IFF_MULTI_QUEUE`. In [`Command::AddNet`] they ride
+    /// The tap: a descriptor for each pair of queues, 1 to [`MOST_QUEUES`]; several if it has `IFF_MULTI_QUEUE`. In [`Command::AddNet`] they ride
     /// beside the command and this is ignored.
     #[serde(default)]
     pub taps: Vec<RawFd>,

@@ -12,9 +12,8 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
 use nix::sys::stat::{SFlag, fstat};
 use thiserror::Error;
-use vmm_control::{Extent, SECTOR_BYTES};
+use vmm_control::{Extent, MOST_QUEUES, SECTOR_BYTES};
 
-use super::MOST_QUEUES;
 use super::request::{ID_BYTES, Ranges, Request, RequestError, Span};
 use crate::virtio::buffers::Buffers;
 

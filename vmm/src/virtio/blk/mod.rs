@@ -35,7 +35,7 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 use virtio_queue::QueueT;
-use vmm_control::{Extent, SECTOR_BYTES};
+use vmm_control::{Extent, MOST_QUEUES, SECTOR_BYTES};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -54,9 +54,6 @@ use crate::config::DiskSetup;
 
 /// Entries of a request queue.
 const QUEUE_SIZE: u16 = 256;
-
-/// Most request queues.
-const MOST_QUEUES: u8 = 8;
 
 /// Most data buffers in a request: with header and status it just fits the queue.
 const SEG_MAX: u32 = 254;

@@ -196,7 +196,11 @@ impl<'a, 'm> Service<'a, 'm> {
 
     /// Tells the driver of answers.
     fn tell(&mut self) -> Result<(), DeviceError> {
-        let answered = self.queues.iter_mut().filter_map(|queue| std::mem::take(&mut queue.answered).then_some(queue));
-        answered.into_iter().try_for_each(|queue| queue.active.signal_used(self.memory))
+        for queue in &mut self.queues {
+            if std::mem::take(&mut queue.answered) {
+                queue.active.signal_used(self.memory)?;
+            }
+        }
+        Ok(())
     }
 }

@@ -35,6 +35,7 @@ use virtio_bindings::virtio_net::{
 };
 use virtio_queue::QueueT;
 use vm_memory::GuestMemoryMmap;
+use vmm_control::MOST_QUEUES;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::control::{Change, Control};
@@ -57,9 +58,6 @@ const CONTROL_SIZE: u16 = 16;
 
 /// Queues of a pair.
 const PAIR: usize = 2;
-
-/// Most pairs.
-pub const MOST_PAIRS: usize = 8;
 
 /// Most packets in one direction before the other has its turn.
 const BATCH: usize = 64;
@@ -92,7 +90,7 @@ struct Switches {
 
 /// Makes an interface that announces `mac`, with a pair of queues for each of `taps`.
 pub fn device(name: String, taps: Vec<File>, mac: [u8; 6]) -> Result<(DeviceInfo, Net, Arc<Counters>), TapError> {
-    if !(1..=MOST_PAIRS).contains(&taps.len()) {
+    if !(1..=usize::from(MOST_QUEUES)).contains(&taps.len()) {
         return Err(TapError::Count(taps.len()));
     }
     taps.iter().try_for_each(|tap| tap::prepare(tap, taps.len() > 1))?;

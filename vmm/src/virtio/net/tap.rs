@@ -14,14 +14,15 @@ use libc::{
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use thiserror::Error;
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6};
+use vmm_control::MOST_QUEUES;
 
-use super::{HEADER_BYTES, MOST_PAIRS};
+use super::HEADER_BYTES;
 
 /// Why a tap cannot be used.
 #[derive(Debug, Error)]
 pub enum TapError {
     /// None, or more than there can be pairs of queues.
-    #[error("a network interface takes 1 to {MOST_PAIRS} descriptors of its tap, not {0}")]
+    #[error("a network interface takes 1 to {MOST_QUEUES} descriptors of its tap, not {0}")]
     Count(usize),
     /// Not a tap at all.
     #[error("the descriptor is not a tap's")]
