@@ -114,6 +114,14 @@ fn host_limit(memory: i64) -> i64 {
     memory + OVERHEADS.iter().sum::<i64>()
 }
 
+/// A node that has the image, with `keys` added to its configuration, and a client of it.
+fn node_with(keys: &str) -> (Node, Client) {
+    let node = Node::start_with(&Settings { keys: keys.into(), ..Settings::default() });
+    node.crictl(["pull", image::BUSYBOX]).ok();
+    let client = Client::connect(&node.socket());
+    (node, client)
+}
+
 #[test]
 fn a_pods_memory_grows_and_shrinks_under_any_daemon() {
     let mut node = Node::start();
@@ -203,10 +211,7 @@ fn what_a_guest_frees_the_host_has_within_ten_seconds() {
 
 #[test]
 fn cpus_come_and_go_with_the_limit() {
-    let settings = Settings { keys: "max_vcpus = 3".into(), ..Settings::default() };
-    let node = Node::start_with(&settings);
-    node.crictl(["pull", image::BUSYBOX]).ok();
-    let mut client = Client::connect(&node.socket());
+    let (node, mut client) = node_with("max_vcpus = 3");
     let rig = Rig::start(&node, "cpus", &limits(256 * MIB, 100_000), &Value::Null);
     assert_eq!(rig.cpus(), "1");
     for (quota, cpus) in [(250_000, "3"), (150_000, "2"), (50_000, "1"), (200_000, "2")] {
@@ -219,10 +224,7 @@ fn cpus_come_and_go_with_the_limit() {
 #[test]
 fn each_cpu_has_queues_of_disk_and_network() {
     const CONNECTIONS: usize = 64;
-    let settings = Settings { keys: "max_vcpus = 3".into(), ..Settings::default() };
-    let node = Node::start_with(&settings);
-    node.crictl(["pull", image::BUSYBOX]).ok();
-    let mut client = Client::connect(&node.socket());
+    let (node, mut client) = node_with("max_vcpus = 3");
     let rig = Rig::start(&node, "queues", &limits(256 * MIB, 300_000), &Value::Null);
     assert_eq!(rig.cpus(), "3");
     let queues = || rig.sh("ls /sys/class/net/eth0/queues");
@@ -261,10 +263,7 @@ fn each_cpu_has_queues_of_disk_and_network() {
 
 #[test]
 fn a_pod_does_not_outgrow_what_the_host_allows() {
-    let settings = Settings { keys: "max_memory_mib = 640".into(), ..Settings::default() };
-    let node = Node::start_with(&settings);
-    node.crictl(["pull", image::BUSYBOX]).ok();
-    let mut client = Client::connect(&node.socket());
+    let (node, mut client) = node_with("max_memory_mib = 640");
     let rig = Rig::start(&node, "bounded", &limits(256 * MIB, 0), &Value::Null);
     let too_much = resize_pod(&mut client, &rig.pod, 2048 * MIB, 0).expect_err("the configuration says so");
     assert_eq!(too_much.code(), Code::ResourceExhausted, "{too_much}");
