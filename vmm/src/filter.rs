@@ -43,47 +43,47 @@ pub fn program(rules: &[Rule<'_>]) -> Vec<sock_filter> {
         instruction(RETURN, libc::SECCOMP_RET_KILL_PROCESS),
         instruction(LOAD, NUMBER),
     ];
-    program.extend(tree(&rules));
+    look_up(&rules, &mut program);
     program
 }
 
-fn tree(rules: &[Rule<'_>]) -> Vec<sock_filter> {
+/// Appends what finds the rule of a number among these.
+fn look_up(rules: &[Rule<'_>], program: &mut Vec<sock_filter>) {
+    let at = program.len();
     match rules {
-        [] => vec![instruction(RETURN, libc::SECCOMP_RET_TRAP)],
+        [] => {}
         [(call, arguments)] => {
-            let conditions = conditions(arguments);
-            let mut leaf = vec![jump(EQUAL, *call, 0, distance(&conditions))];
-            leaf.extend(conditions);
-            leaf.push(instruction(RETURN, libc::SECCOMP_RET_TRAP));
-            leaf
+            program.push(instruction(EQUAL, *call));
+            allow(arguments, program);
+            program[at].jf = distance(at, program.len());
         }
         rules => {
             let (low, high) = rules.split_at(rules.len() / 2);
-            let (first, low) = (high.first().map_or(u32::MAX, |(call, _)| *call), tree(low));
-            let mut node = vec![jump(AT_LEAST, first, distance(&low), 0)];
-            node.extend(low);
-            node.extend(tree(high));
-            node
+            program.push(instruction(AT_LEAST, high.first().map_or(u32::MAX, |(call, _)| *call)));
+            look_up(low, program);
+            program[at].jt = distance(at, program.len());
+            return look_up(high, program);
         }
     }
+    program.push(instruction(RETURN, libc::SECCOMP_RET_TRAP));
 }
 
-/// Allows if one of the conditions holds, or if there is none, and goes on behind itself otherwise.
-fn conditions(arguments: &[Argument]) -> Vec<sock_filter> {
-    let allow = instruction(RETURN, libc::SECCOMP_RET_ALLOW);
+/// How far an instruction jumps to get to another. The kernel refuses a program that is too long for it, and the jail's tests build
+/// the one there is.
+fn distance(from: usize, to: usize) -> u8 {
+    u8::try_from(to - from - 1).unwrap_or(u8::MAX)
+}
+
+/// Appends what allows if one of the conditions holds, or if there is none, and goes on behind itself otherwise.
+fn allow(arguments: &[Argument], program: &mut Vec<sock_filter>) {
+    let allow = || instruction(RETURN, libc::SECCOMP_RET_ALLOW);
     if arguments.is_empty() {
-        return vec![allow];
+        program.push(allow());
     }
-    let check = |argument: &Argument| {
+    for argument in arguments {
         let load = instruction(LOAD, ARGUMENTS + 8 * argument.index);
-        [load, instruction(AND, argument.mask), jump(EQUAL, argument.value, 0, 1), allow.clone()]
-    };
-    arguments.iter().flat_map(check).collect()
-}
-
-/// How far to jump over these. A program too long for it is refused by the kernel, and the test below builds the one there is.
-fn distance(over: &[sock_filter]) -> u8 {
-    u8::try_from(over.len()).unwrap_or(u8::MAX)
+        program.extend([load, instruction(AND, argument.mask), jump(EQUAL, argument.value, 0, 1), allow()]);
+    }
 }
 
 fn instruction(code: u16, k: u32) -> sock_filter {
