@@ -358,10 +358,6 @@ impl<'e> Machine<'e> {
             Command::RemoveDisk { first_sector } => {
                 self.pod_disk()?.remove(first_sector).map_err(|error| describe(&error))?;
             }
-            Command::AddNet(ref net) => {
-                let taps = fds.into_iter().map(File::from).collect();
-                self.devices.add_net(net.mac, taps).map_err(|error| describe(&error))?;
-            }
             Command::AddFs { ref tag } => {
                 self.devices.add_fs(tag, one(fds)?).map_err(|error| describe(&error))?;
             }

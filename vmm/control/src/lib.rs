@@ -144,9 +144,7 @@ pub struct Extent {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Net {
-    /// The tap: a descriptor for each pair of queues, 1 to [`MOST_QUEUES`]; several if it has `IFF_MULTI_QUEUE`. In [`Command::AddNet`] they ride
-    /// beside the command and this is ignored.
-    #[serde(default)]
+    /// The tap: a descriptor for each pair of queues, 1 to [`MOST_QUEUES`]; several if it has `IFF_MULTI_QUEUE`.
     pub taps: Vec<RawFd>,
     /// The address the device announces; the agent may give the interface another.
     pub mac: [u8; 6],
@@ -189,8 +187,6 @@ pub enum Command {
         /// [`Extent::first_sector`] of an extent added before.
         first_sector: u64,
     },
-    /// Plugs a network interface; the descriptors of its tap. The guest sees it after a PCI rescan.
-    AddNet(Net),
     /// Plugs a shared directory; one descriptor: a `SOCK_SEQPACKET` socket, each of whose packets is one FUSE message,
     /// to the process that serves it. The guest sees it after a PCI rescan.
     AddFs {
