@@ -1,6 +1,7 @@
 //! The host's KVM: what it must be able to do, and the VM made from it.
 #![expect(unsafe_code, reason = "an inherited descriptor becomes kvm-ioctls' Kvm; an ioctl without a wrapper")]
 
+use std::ops::Range;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
@@ -12,7 +13,7 @@ use vmm_control::exit;
 use vmm_sys_util::ioctl::{_IOC_READ, _IOC_WRITE, ioctl_expr, ioctl_with_mut_ref};
 
 use crate::cpu::{CpuError, Policy};
-use crate::memory::{PAGE, TSS};
+use crate::memory::TSS;
 
 /// Why this host cannot run the VM.
 #[derive(Debug, Error)]
@@ -61,13 +62,13 @@ struct PreFault {
 
 const PRE_FAULT_MEMORY: u32 = 0xd5;
 
-/// Maps the pages at some addresses into the guest, huge ones where the host has them, so that the guest's first
+/// Maps some ranges of pages into the guest, huge ones where the host has them, so that the guest's first
 /// accesses do not exit. Only for memory that is filled already. A host before Linux 6.11 does not know how, and the
 /// guest then exits once for each page.
-pub fn map_ahead(vcpu: &VcpuFd, addresses: impl IntoIterator<Item = u64>) {
+pub fn map_ahead(vcpu: &VcpuFd, ranges: impl IntoIterator<Item = Range<u64>>) {
     let request = ioctl_expr(_IOC_READ | _IOC_WRITE, KVMIO, PRE_FAULT_MEMORY, size_of::<PreFault>() as u32);
-    for address in addresses {
-        let mut range = PreFault { address, bytes: PAGE, flags: 0, padding: [0; 5] };
+    for Range { start, end } in ranges {
+        let mut range = PreFault { address: start, bytes: end - start, flags: 0, padding: [0; 5] };
         // SAFETY: KVM reads and writes one such structure.
         if unsafe { ioctl_with_mut_ref(vcpu, request, &mut range) } != 0 {
             return;

@@ -4,14 +4,16 @@
 //! Files are read straight into guest memory. Nothing here starts anything.
 
 use std::fs::File;
-use std::io::{Seek, SeekFrom};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::ops::Range;
 
+use linux_loader::elf::{ELFMAG, Elf64_Ehdr, Elf64_Phdr, PT_LOAD};
 use linux_loader::loader::bootparam::{
     CAN_USE_HEAP, LOADED_HIGH, XLF_KERNEL_64, boot_e820_entry, boot_params, setup_header,
 };
 use linux_loader::loader::{BzImage, Elf, KernelLoader, KernelLoaderResult, elf};
 use thiserror::Error;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryError};
 
 use crate::console::RING_BYTES;
 use crate::memory::{
@@ -32,6 +34,8 @@ const HEADER_MAGIC: u32 = 0x5372_6448;
 const LOADER_TYPE: u8 = 0xff;
 /// Protocol 2.15, which an ELF kernel does not state itself.
 const PROTOCOL: u16 = 0x020f;
+/// A huge page of which less is loaded, in bytes, is not worth clearing.
+const LEAST_OF_A_HUGE_PAGE: u64 = 128 << 10;
 /// The 64-bit entry of a bzImage lies this far behind its load address (boot.rst, "64-bit Boot Protocol").
 const ENTRY_64: u64 = 0x200;
 
@@ -61,7 +65,7 @@ pub enum LoadError {
     },
     /// A file cannot be read.
     #[error("cannot read the initrd")]
-    Initrd(#[source] std::io::Error),
+    Initrd(#[source] io::Error),
     /// Too long a command line.
     #[error("the kernel command line has {0} bytes, and the kernel takes {limit}", limit = COMMAND_LINE_BYTES - 1)]
     CommandLine(usize),
@@ -70,7 +74,7 @@ pub enum LoadError {
     Memory(#[from] GuestMemoryError),
     /// The host has no random numbers.
     #[error("the host gives no random numbers")]
-    Random(#[source] std::io::Error),
+    Random(#[source] io::Error),
 }
 
 /// What to load.
@@ -91,38 +95,88 @@ pub struct Image<'a> {
 }
 
 /// A guest ready to run.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct Loaded {
     /// Address of the first instruction.
     pub entry: u64,
-    /// First and last address of what was loaded above the first MiB.
-    pub extent: (u64, u64),
+    /// The pages of kernel and initrd, for a kernel that says where its segments lie: whole huge pages where they pay.
+    pub pages: Vec<Range<u64>>,
 }
 
 /// Loads all of it.
 pub fn load(ram: &GuestRam, image: Image<'_>) -> Result<Loaded, LoadError> {
     let Image { mut kernel, initrd, command_line, seed, cpuid_table, acpi_root } = image;
+    let length = initrd.as_ref().map_or(Ok(0), |file| file.metadata().map(|metadata| metadata.len()));
+    let initrd_bytes = length.map_err(LoadError::Initrd)?;
+    // The loader says of a file that is broken what is wrong with it.
+    let mut taken = segments(&mut kernel).unwrap_or_default();
+    if let Some(end) = taken.iter().map(|segment| segment.end).max() {
+        taken.push(end..end.saturating_add(initrd_bytes));
+    }
+    let pages = lay_out(ram, &taken);
     let kernel = load_kernel(ram, &mut kernel)?;
     let mut params = boot_params { acpi_rsdp_addr: acpi_root, ..Default::default() };
     params.hdr = kernel.header;
     params.hdr.boot_flag = BOOT_FLAG;
     params.hdr.header = HEADER_MAGIC;
     params.hdr.type_of_loader = LOADER_TYPE;
-    let mut end = kernel.end;
     if let Some(mut initrd) = initrd {
-        let (at, length) = load_initrd(ram, &mut initrd, kernel.end, kernel.initrd_follows)?;
-        params.hdr.ramdisk_image = at as u32;
-        params.hdr.ramdisk_size = length as u32;
-        if kernel.initrd_follows {
-            end = at + length;
-        }
+        params.hdr.ramdisk_image = load_initrd(ram, &mut initrd, initrd_bytes, &kernel)? as u32;
+        params.hdr.ramdisk_size = initrd_bytes as u32;
     }
     params.hdr.cmd_line_ptr = COMMAND_LINE as u32;
     params.hdr.cmdline_size = write_command_line(ram, command_line)? as u32;
     params.hdr.setup_data = write_seed(ram, &seed, if cpuid_table { CPUID_TABLE } else { 0 })?;
     describe_memory(ram, &mut params);
     ram.memory.write_obj(params, GuestAddress(ZERO_PAGE))?;
-    Ok(Loaded { entry: kernel.entry, extent: (kernel.entry, end) })
+    Ok(Loaded { entry: kernel.entry, pages })
+}
+
+/// Where the segments of an ELF kernel lie in the guest; none of another file.
+fn segments(file: &mut File) -> io::Result<Vec<Range<u64>>> {
+    let mut header = Elf64_Ehdr::default();
+    file.read_exact(header.as_mut_slice())?;
+    let mut segments = Vec::new();
+    if !header.e_ident.starts_with(ELFMAG) {
+        return Ok(segments);
+    }
+    file.seek(SeekFrom::Start(header.e_phoff))?;
+    for _ in 0..header.e_phnum {
+        let mut segment = Elf64_Phdr::default();
+        file.read_exact(segment.as_mut_slice())?;
+        if segment.p_type == PT_LOAD {
+            segments.push(segment.p_paddr..segment.p_paddr.saturating_add(segment.p_memsz));
+        }
+    }
+    Ok(segments)
+}
+
+/// The pages that are taken, in order: whole huge pages, but for those of which little is. The host backs these in small
+/// pages: Linux has one for two functions against SRSO that must alias, and it would be cleared for three pages.
+fn lay_out(ram: &GuestRam, taken: &[Range<u64>]) -> Vec<Range<u64>> {
+    let first = taken.iter().map(|range| range.start).min().unwrap_or(0) / HUGE_PAGE * HUGE_PAGE;
+    let end = taken.iter().map(|range| range.end).max().unwrap_or(0).min(ram.low_end);
+    let mut pages: Vec<Range<u64>> = Vec::new();
+    for start in (first..end).step_by(HUGE_PAGE as usize) {
+        let huge = start..(start + HUGE_PAGE).min(ram.low_end);
+        let parts = taken.iter().filter_map(|range| {
+            let start = range.start.max(huge.start) / PAGE * PAGE;
+            let end = range.end.min(huge.end).next_multiple_of(PAGE);
+            (start < end).then_some(start..end)
+        });
+        match parts.clone().map(|part| part.end - part.start).sum() {
+            0 => {}
+            1..LEAST_OF_A_HUGE_PAGE => {
+                pages.extend(parts);
+                ram.in_small_pages(huge);
+            }
+            _ => match pages.last_mut() {
+                Some(last) if last.end == huge.start => last.end = huge.end,
+                _ => pages.push(huge),
+            },
+        }
+    }
+    pages
 }
 
 /// A seed from the host.
@@ -135,7 +189,7 @@ pub fn seed() -> Result<[u8; SEED_BYTES], LoadError> {
     if usize::try_from(length) == Ok(SEED_BYTES) {
         Ok(seed)
     } else {
-        Err(LoadError::Random(std::io::Error::last_os_error()))
+        Err(LoadError::Random(io::Error::last_os_error()))
     }
 }
 
@@ -176,17 +230,15 @@ fn load_kernel(ram: &GuestRam, file: &mut File) -> Result<Kernel, LoadError> {
     }
 }
 
-/// Reads the initrd in, behind the kernel or at the end of low memory; returns its address and length.
-fn load_initrd(ram: &GuestRam, file: &mut File, kernel_end: u64, follows: bool) -> Result<(u64, u64), LoadError> {
-    let length = file.seek(SeekFrom::End(0)).map_err(LoadError::Initrd)?;
-    file.rewind().map_err(LoadError::Initrd)?;
+/// Reads the initrd in, behind the kernel or at the end of low memory; returns its address.
+fn load_initrd(ram: &GuestRam, file: &mut File, length: u64, kernel: &Kernel) -> Result<u64, LoadError> {
     let top = ram.low_end;
-    let lowest = kernel_end.next_multiple_of(PAGE);
+    let lowest = kernel.end.next_multiple_of(PAGE);
     let too_large = LoadError::TooLarge { needed: lowest.saturating_add(length), room: top };
     let end = lowest.checked_add(length).filter(|end| *end <= top).ok_or(too_large)?;
-    let at = if follows { lowest } else { lowest + (top - end) / HUGE_PAGE * HUGE_PAGE };
+    let at = if kernel.initrd_follows { lowest } else { lowest + (top - end) / HUGE_PAGE * HUGE_PAGE };
     ram.memory.read_exact_volatile_from(GuestAddress(at), file, length as usize)?;
-    Ok((at, length))
+    Ok(at)
 }
 
 fn write_command_line(ram: &GuestRam, line: &str) -> Result<usize, LoadError> {
@@ -227,4 +279,26 @@ fn describe_memory(ram: &GuestRam, params: &mut boot_params) {
         entries += 1;
     }
     params.e820_entries = entries as u8;
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use vm_memory::GuestMemoryMmap;
+
+    use super::*;
+    use crate::memory::MIB;
+
+    #[test]
+    fn a_huge_page_that_is_almost_empty_is_none() {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), (27 * MIB) as usize)]).unwrap();
+        let ram = GuestRam { memory: Arc::new(memory), low_end: 27 * MIB, high_end: ABOVE_4G, room: (0, 0) };
+        let at = |mib: u64, bytes: u64| mib * MIB..mib * MIB + bytes;
+        let taken = [at(16, 3 * MIB), at(20, 2 * PAGE - 1), at(21, 1), at(26, MIB), at(24, MIB / 2)];
+        let pages = [at(16, 4 * MIB), at(20, 2 * PAGE), at(21, PAGE), at(24, 3 * MIB)];
+        assert_eq!(lay_out(&ram, &taken), pages);
+        assert!(pages.into_iter().all(|pages| ram.populate(pages)));
+        assert_eq!(lay_out(&ram, &[]), []);
+    }
 }

@@ -102,7 +102,7 @@ fn boot(setup: Setup, events: &mut Events) -> Result<i32, StartError> {
     let (kernel, initrd) = (setup.kernel, setup.initrd);
     let image = Image { kernel, initrd, command_line: &command_line, seed, cpuid_table: agent, acpi_root };
     let loaded = loader::load(&ram, image)?;
-    let populated = ram.populate(loaded.extent);
+    let populated = loaded.pages.iter().all(|pages| ram.populate(pages.clone()));
     let vcpus = host.create_vcpus(&vm, &ram.memory, setup.vcpus, loaded.entry)?;
     let stats = vcpus.iter().map(Stats::open).chain([Stats::open(&*vm)]).filter_map(Result::ok).collect();
 
@@ -129,7 +129,7 @@ fn boot(setup: Setup, events: &mut Events) -> Result<i32, StartError> {
     }
     // What is read before it is written would become a page of zeroes, and then small pages: memory comes first.
     if let (Some(first), true) = (vcpus.first(), populated) {
-        kvm::map_ahead(first, memory::first_pages(loaded.extent));
+        kvm::map_ahead(first, memory::first_pages().chain(loaded.pages));
     }
     events.record(EventKind::Loaded);
 

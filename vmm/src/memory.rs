@@ -4,6 +4,7 @@
 #![expect(unsafe_code, reason = "guest memory is a mapping that Rust did not make")]
 
 use std::io;
+use std::ops::Range;
 use std::ptr;
 use std::sync::Arc;
 
@@ -168,13 +169,24 @@ impl GuestRam {
 }
 
 impl GuestRam {
-    /// Backs `[start, end)` with memory now, in huge pages as far as the host has them; false if the host does not know
+    /// Backs a range with memory now, in huge pages as far as the host has them; false if the host does not know
     /// how (Linux before 5.14) or cannot.
-    pub fn populate(&self, (start, end): (u64, u64)) -> bool {
-        let start = start / HUGE_PAGE * HUGE_PAGE;
-        let Ok(slice) = self.memory.get_slice(GuestAddress(start), (end - start) as usize) else { return false };
+    pub fn populate(&self, range: Range<u64>) -> bool {
+        self.advise(range, libc::MADV_POPULATE_WRITE)
+    }
+
+    /// Has the host back a range in small pages.
+    pub fn in_small_pages(&self, range: Range<u64>) {
+        // Advice that the host does not know is no loss.
+        let _ = self.advise(range, libc::MADV_NOHUGEPAGE);
+    }
+
+    fn advise(&self, range: Range<u64>, advice: libc::c_int) -> bool {
+        let Ok(slice) = self.memory.get_slice(GuestAddress(range.start), (range.end - range.start) as usize) else {
+            return false;
+        };
         // SAFETY: the range is mapped for the life of the process, and its contents stay.
-        unsafe { libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), slice.len(), libc::MADV_POPULATE_WRITE) == 0 }
+        unsafe { libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), slice.len(), advice) == 0 }
     }
 }
 
@@ -192,12 +204,11 @@ pub fn discard(slice: &VolatileSlice<'_>) -> io::Result<usize> {
     }
 }
 
-/// The pages that a guest looks at first: those below 1 MiB, its kernel's from `start` to `end`, and the beginning of
-/// every slot's configuration space, which it reads to learn what is there.
-pub fn first_pages((start, end): (u64, u64)) -> impl Iterator<Item = u64> {
-    let kernel = (start / HUGE_PAGE * HUGE_PAGE..end).step_by(HUGE_PAGE as usize);
+/// What a guest looks at first besides its kernel: the page tables it starts on, and the beginning of every slot's
+/// configuration space, which it reads to learn what is there.
+pub fn first_pages() -> impl Iterator<Item = Range<u64>> {
     let slots = (ECAM..ECAM + ECAM_BYTES).step_by((8 * PAGE) as usize);
-    std::iter::once(PAGE).chain(slots).chain(kernel)
+    std::iter::once(PAGE).chain(slots).map(|page| page..page + PAGE)
 }
 
 /// Memory that the guest reads without an exit and writes with one: the PCI configuration space and the BARs that

@@ -68,6 +68,6 @@ fuzz_target!(|input: Input<'_>| {
         acpi_root: memory::ACPI_TABLES,
     };
     if let Ok(loaded) = loader::load(&ram, image) {
-        let _populated = ram.populate(loaded.extent);
+        let _populated = loaded.pages.into_iter().all(|pages| ram.populate(pages));
     }
 });
