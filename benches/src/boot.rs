@@ -7,13 +7,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use cri_shim::image::{Store, StoreConfig};
 use cri_shim::network::{Network, NetworkConfig};
-use cri_shim::pod::{BOOT_MIB, CoreConfig, Pods};
+use cri_shim::pod::{CoreConfig, Pods};
 use cri_shim::pod_dir::PodDir;
 use cri_shim::spawner::Spawner;
 use cri_shim::spec::{NetworkSource, PodIdentity, PodSpec};
 use vmm_control::{Client, Command, Event, EventKind};
 
-use crate::minimal::Minimal;
+use crate::minimal::{Minimal, idle};
 use crate::phases::{events, find, minstr, now, of_agent};
 use crate::repeat::repeat;
 use crate::report::{Report, Samples};
@@ -110,6 +110,7 @@ pub(crate) async fn pod(pods: &Pods) -> Result<Pod> {
     // One that failed may have left its own.
     let _ = process::Command::new("ip").args(["netns", "delete", NETNS]).stderr(Stdio::null()).status();
     let netns = fill_netns()?;
+    idle().await;
     let identity =
         PodIdentity { name: "bench".into(), namespace: "default".into(), uid: "bench".into(), ..Default::default() };
     let spec = PodSpec { identity, network: NetworkSource::Netns(netns), ..PodSpec::default() };
@@ -121,7 +122,7 @@ pub(crate) async fn pod(pods: &Pods) -> Result<Pod> {
     let ready = find(&events, &EventKind::AgentConnected).context("the agent is not ready")?;
     let plugged_minstr = minstr(ready.at_ns, plugged);
     let vmm = pods.pod(&id)?.vmm_pid.context("the pod has no VMM")?;
-    let vmm = smaps::vmm_kib(vmm, BOOT_MIB)?;
+    let vmm = smaps::vmm_kib(vmm)?;
     pods.stop_pod(&id).await?;
     pods.remove_pod(&id).await?;
     Ok(Pod { begun: begun.at_ns, events, vmm, plugged_minstr })

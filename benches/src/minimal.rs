@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use agent_protocol::CONTROL_PORT;
 use anyhow::{Context, Result, ensure};
-use cri_shim::spawner::{Child, Client, Kind, Program, Spawner};
+use cri_shim::spawner::{Child, Client, IDLE_MS, Kind, Program, Spawner};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
@@ -62,6 +62,7 @@ impl Minimal {
         // A boot that failed may have left its own.
         let _ = fs::remove_dir_all(&self.directory);
         fs::create_dir_all(&self.directory)?;
+        idle().await;
         let begun = now()?;
         let child = self.spawner.spawn(self.program(vcpus)?).await?;
         let booted = self.ready().await;
@@ -130,6 +131,11 @@ impl Minimal {
         fds.push((0, document.into()));
         Ok(Program { kind: Kind::Vmm, binary: File::open(&self.vmm)?.into(), cgroup: File::open(CGROUP)?.into(), fds })
     }
+}
+
+/// Waits as long as a host is idle between two pods at least, for the spawner to have made what it makes ahead.
+pub(crate) async fn idle() {
+    tokio::time::sleep(Duration::from_millis(2 * u64::from(IDLE_MS))).await;
 }
 
 async fn end(child: Child) -> Result<()> {

@@ -63,9 +63,9 @@ fn a_vmm_sees_no_file_of_the_host_and_has_no_privilege() {
         mounts.split(' ').nth(5).is_some_and(|options| options.split(',').any(|option| option == "ro")),
         "{mounts}"
     );
-    for namespace in NAMESPACES {
-        let link = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/{namespace}")).expect("a namespace");
-        assert_ne!(link(&vmm.to_string()), link("self"), "the {namespace} namespace is the host's");
+    let host = namespaces(std::process::id() as i32);
+    for namespace in namespaces(vmm) {
+        assert!(!host.contains(&namespace), "{} is the host's", namespace.display());
     }
     let links = read(&proc(vmm, "net/dev"));
     assert!(links.lines().skip(2).all(|line| line.trim_start().starts_with("lo:")), "{links}");
@@ -94,6 +94,37 @@ fn a_vmm_sees_no_file_of_the_host_and_has_no_privilege() {
         .collect();
     assert!(opened.is_empty(), "open directories: {opened:?}");
     node.remove_pod(&pod);
+}
+
+fn namespaces(pid: i32) -> Vec<PathBuf> {
+    NAMESPACES.iter().map(|name| fs::read_link(proc(pid, "ns").join(name)).expect("a namespace")).collect()
+}
+
+#[test]
+fn no_vmm_shares_a_namespace_with_another() {
+    let node = Node::start();
+    // One gets the network namespace that was made ahead; the other comes at the same time.
+    let pods = ["first", "second"];
+    let mut pods = std::thread::scope(|scope| {
+        let starts = pods.map(|name| scope.spawn(|| node.run_pod(name, &json!({}))));
+        starts.map(|start| start.join().expect("a pod")).to_vec()
+    });
+    let daemon = node.daemon_pid().to_string();
+    let children = read(&Path::new("/proc").join(&daemon).join("task").join(&daemon).join("children"));
+    let spawner: i32 = children.split_whitespace().next().expect("a spawner").parse().expect("a process id");
+    let vmm = |pod: &String| namespaces(node.vmm_pid(pod).as_raw());
+    wait_until("the spawner to have moved out of the VMMs' namespaces", || {
+        let own = namespaces(spawner);
+        pods.iter().map(vmm).all(|vmm| vmm.iter().all(|namespace| !own.contains(namespace)))
+    });
+    pods.push(node.run_pod("third", &json!({})));
+
+    let all: Vec<_> = pods.iter().flat_map(vmm).collect();
+    let different: BTreeSet<_> = all.iter().collect();
+    assert_eq!(different.len(), pods.len() * NAMESPACES.len(), "{all:?}");
+    for pod in &pods {
+        node.remove_pod(pod);
+    }
 }
 
 /// The lab kernel's trace of system calls.

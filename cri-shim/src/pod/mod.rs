@@ -49,7 +49,6 @@ use crate::random;
 use crate::spawner::Spawner;
 use crate::spec::{ContainerSpec, PodSpec, ProcessSpec, Resources};
 use crate::vmm;
-pub use size::BOOT_MIB;
 pub(crate) use size::Frame;
 use table::{Pod, Table};
 

@@ -25,7 +25,7 @@ const DEFAULT_PERIOD: u64 = 100_000;
 
 /// Guest memory at boot, in MiB, at most: the rest is plugged once the agent is there, so that every pod boots as fast as
 /// a small one.
-pub const BOOT_MIB: u32 = 256;
+const BOOT_MIB: u32 = 256;
 
 /// What is plugged at most is a multiple of this, in MiB: what KVM maps at a time, and Linux adds.
 const ROOM_GRAIN_MIB: u32 = 128;

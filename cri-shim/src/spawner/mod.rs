@@ -24,6 +24,10 @@ use message::{LIMITS, Report, Request, Task};
 
 pub use message::{Ended, Kind};
 
+/// How long the spawner is asked for nothing, in milliseconds, before it makes a network namespace for the next VMM: the last one has
+/// its guest up by then.
+pub const IDLE_MS: u8 = 100;
+
 /// Requests that may wait for the spawner.
 const QUEUE: usize = 64;
 

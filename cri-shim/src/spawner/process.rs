@@ -2,7 +2,10 @@
 //!
 //! At its start it moves into namespaces of its own (mount, network, IPC, UTS) with an empty read-only root. Each VMM gets
 //! all of these anew and a user namespace in which nobody is root, so that it reaches neither a file nor an interface of
-//! the host nor another VMM. A file server, which acts for owners of the host's files, gets a mount namespace.
+//! the host nor another VMM. A file server, which acts for owners of the host's files, gets a mount and a network namespace.
+//!
+//! A network namespace costs more than all the others together, so it is made ahead: the spawner moves into a new one when
+//! it has nothing to do, leaves it to its next child, and makes one for the child only if it has not come to that.
 #![expect(unsafe_code, reason = "clone3, execveat and what a child does between them")]
 
 use std::io;
@@ -18,6 +21,7 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::{chdir, pipe2, pivot_root, setsid};
 use vmm_control::wire;
 
+use super::IDLE_MS;
 use super::message::{Ended, Kind, LIMITS, Report, Request, Task};
 use super::volumes;
 
@@ -30,13 +34,60 @@ const ABOVE_TARGETS: RawFd = 256;
 /// clone(2); the libc crate's constant is cut to 32 bits.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
-/// Those of a VMM. Its user namespace has no mapping: whatever it may do there, it is nobody.
+/// Those of a VMM besides its network namespace. Its user namespace has no mapping: whatever it may do there, it is nobody.
 const OWN_NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWUSER
     .union(CloneFlags::CLONE_NEWPID)
     .union(CloneFlags::CLONE_NEWNS)
-    .union(CloneFlags::CLONE_NEWNET)
     .union(CloneFlags::CLONE_NEWIPC)
     .union(CloneFlags::CLONE_NEWUTS);
+
+/// What the next child gets of namespaces.
+struct Namespaces {
+    /// What a VMM gets besides a network namespace.
+    vmm: CloneFlags,
+    network: Network,
+}
+
+/// The network namespace that the spawner is in.
+#[derive(PartialEq, Eq)]
+enum Network {
+    /// Nobody else is: it is the next child's.
+    Ahead,
+    /// It is a child's.
+    Taken,
+    /// The same, and the host refuses another.
+    Refused,
+}
+
+impl Namespaces {
+    /// Those of a child that is about to be made.
+    fn take(&mut self, kind: Kind) -> CloneFlags {
+        let own = match kind {
+            Kind::Vmm => self.vmm,
+            Kind::FileServer => CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWNS,
+        };
+        match std::mem::replace(&mut self.network, Network::Taken) {
+            Network::Ahead => own,
+            Network::Taken | Network::Refused => own | CloneFlags::CLONE_NEWNET,
+        }
+    }
+
+    /// How long to wait for something to do before [`Self::make_ahead`].
+    fn patience(&self) -> PollTimeout {
+        if self.network == Network::Taken { PollTimeout::from(IDLE_MS) } else { PollTimeout::NONE }
+    }
+
+    /// Moves the spawner into a network namespace for the next child.
+    fn make_ahead(&mut self) {
+        self.network = match unshare(CloneFlags::CLONE_NEWNET) {
+            Ok(()) => Network::Ahead,
+            Err(error) => {
+                eprintln!("pericarp spawner: no network namespace ahead of the next VMM: {error}");
+                Network::Refused
+            }
+        };
+    }
+}
 
 /// A child that runs.
 struct Running {
@@ -47,7 +98,10 @@ struct Running {
 /// Never returns: ends when the daemon does.
 pub(super) fn main(socket: &OwnedFd) -> ! {
     let done = isolate().map_err(|error| format!("cannot isolate itself (is it root?): {error}"));
-    let done = done.and_then(|()| serve(socket, vmm_namespaces()).map_err(|error| error.to_string()));
+    let done = done.and_then(|()| {
+        let namespaces = Namespaces { vmm: vmm_namespaces(), network: Network::Ahead };
+        serve(socket, namespaces).map_err(|error| error.to_string())
+    });
     let code = match done {
         Ok(()) => 0,
         Err(error) => {
@@ -74,7 +128,7 @@ fn isolate() -> nix::Result<()> {
     mount(NONE, "/", NONE, flags | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY, NONE)
 }
 
-/// Those that a VMM gets: all of its own, but for the user namespace where the host allows none (`user.max_user_namespaces`).
+/// Those that a VMM gets besides its network's: all of its own, but for the user namespace where the host allows none (`user.max_user_namespaces`).
 fn vmm_namespaces() -> CloneFlags {
     match clone_into(None, OWN_NAMESPACES) {
         // SAFETY: ends this process without running what the parent registered for its own exit.
@@ -90,10 +144,13 @@ fn vmm_namespaces() -> CloneFlags {
     }
 }
 
-fn serve(socket: &OwnedFd, vmm: CloneFlags) -> io::Result<()> {
+fn serve(socket: &OwnedFd, mut namespaces: Namespaces) -> io::Result<()> {
     let mut running: Vec<Running> = Vec::new();
     loop {
-        let (asked, ended) = wait(socket, &running)?;
+        let Some((asked, ended)) = wait(socket, &running, namespaces.patience())? else {
+            namespaces.make_ahead();
+            continue;
+        };
         for index in ended.into_iter().rev() {
             let child = running.swap_remove(index);
             let ended = reap(&child)?;
@@ -102,7 +159,7 @@ fn serve(socket: &OwnedFd, vmm: CloneFlags) -> io::Result<()> {
         if asked {
             let Some((request, fds)) = wire::recv::<Request>(socket.as_fd(), LIMITS)? else { return Ok(()) };
             let id = request.id;
-            match carry_out(request.task, fds, vmm) {
+            match carry_out(request.task, fds, &mut namespaces) {
                 Ok(Some(child)) => {
                     tell(socket, &Report::Started { id, pid: child.pid }, &[child.pidfd.as_raw_fd()])?;
                     running.push(child);
@@ -115,15 +172,9 @@ fn serve(socket: &OwnedFd, vmm: CloneFlags) -> io::Result<()> {
 }
 
 /// Does what is asked for; a process if that is what comes of it.
-fn carry_out(task: Task, fds: Vec<OwnedFd>, vmm: CloneFlags) -> Result<Option<Running>, String> {
+fn carry_out(task: Task, fds: Vec<OwnedFd>, namespaces: &mut Namespaces) -> Result<Option<Running>, String> {
     match task {
-        Task::Start { kind, targets } => {
-            let namespaces = match kind {
-                Kind::Vmm => vmm,
-                Kind::FileServer => CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWNS,
-            };
-            spawn(kind, namespaces, &targets, fds).map(Some)
-        }
+        Task::Start { kind, targets } => spawn(kind, namespaces.take(kind), &targets, fds).map(Some),
         Task::Attach { share, directory } => volumes::attach(fds, share, directory).map(|()| None),
         Task::Detach { share } => volumes::detach(fds, share).map(|()| None),
     }
@@ -137,20 +188,22 @@ fn tell(socket: &OwnedFd, report: &Report, fds: &[RawFd]) -> io::Result<()> {
     }
 }
 
-/// Waits until there is a request or an end: whether the socket is readable, and which children have ended.
-fn wait(socket: &OwnedFd, running: &[Running]) -> io::Result<(bool, Vec<usize>)> {
+/// Waits until there is a request or an end: whether the socket is readable, and which children have ended. `None` if there is
+/// neither for so long.
+fn wait(socket: &OwnedFd, running: &[Running], patience: PollTimeout) -> io::Result<Option<(bool, Vec<usize>)>> {
     let fds = std::iter::once(socket.as_fd()).chain(running.iter().map(|child| child.pidfd.as_fd()));
     let mut polled: Vec<PollFd<'_>> = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
     loop {
-        match poll(&mut polled, PollTimeout::NONE) {
+        match poll(&mut polled, patience) {
             Err(Errno::EINTR) => {}
             Err(error) => return Err(error.into()),
+            Ok(0) => return Ok(None),
             Ok(_) => break,
         }
     }
     let mut ready = polled.iter().map(|fd| fd.any().unwrap_or(true));
     let asked = ready.next().unwrap_or(false);
-    Ok((asked, ready.enumerate().filter_map(|(index, ended)| ended.then_some(index)).collect()))
+    Ok(Some((asked, ready.enumerate().filter_map(|(index, ended)| ended.then_some(index)).collect())))
 }
 
 fn reap(child: &Running) -> io::Result<Ended> {
