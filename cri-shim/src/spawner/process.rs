@@ -5,7 +5,8 @@
 //! the host nor another VMM. A file server, which acts for owners of the host's files, gets a mount and a network namespace.
 //!
 //! A network namespace costs more than all the others together, so it is made ahead: the spawner moves into a new one when
-//! it has nothing to do, leaves it to its next child, and makes one for the child only if it has not come to that.
+//! it has nothing to do, leaves it to its next child, and makes one for the child only if it has not come to that. One that
+//! has started one VMM need not start another: a shim's never does.
 #![expect(unsafe_code, reason = "clone3, execveat and what a child does between them")]
 
 use std::io;
@@ -46,6 +47,8 @@ struct Namespaces {
     /// What a VMM gets besides a network namespace.
     vmm: CloneFlags,
     network: Network,
+    /// VMMs that were asked for.
+    vmms: u64,
 }
 
 /// The network namespace that the spawner is in.
@@ -63,7 +66,10 @@ impl Namespaces {
     /// Those of a child that is about to be made.
     fn take(&mut self, kind: Kind) -> CloneFlags {
         let own = match kind {
-            Kind::Vmm => self.vmm,
+            Kind::Vmm => {
+                self.vmms += 1;
+                self.vmm
+            }
             Kind::FileServer => CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWNS,
         };
         match std::mem::replace(&mut self.network, Network::Taken) {
@@ -74,7 +80,8 @@ impl Namespaces {
 
     /// How long to wait for something to do before [`Self::make_ahead`].
     fn patience(&self) -> PollTimeout {
-        if self.network == Network::Taken { PollTimeout::from(IDLE_MS) } else { PollTimeout::NONE }
+        let wanted = self.network == Network::Taken && self.vmms > 1;
+        if wanted { PollTimeout::from(IDLE_MS) } else { PollTimeout::NONE }
     }
 
     /// Moves the spawner into a network namespace for the next child.
@@ -99,7 +106,7 @@ struct Running {
 pub(super) fn main(socket: &OwnedFd) -> ! {
     let done = isolate().map_err(|error| format!("cannot isolate itself (is it root?): {error}"));
     let done = done.and_then(|()| {
-        let namespaces = Namespaces { vmm: vmm_namespaces(), network: Network::Ahead };
+        let namespaces = Namespaces { vmm: vmm_namespaces(), network: Network::Ahead, vmms: 0 };
         serve(socket, namespaces).map_err(|error| error.to_string())
     });
     let code = match done {
@@ -128,7 +135,8 @@ fn isolate() -> nix::Result<()> {
     mount(NONE, "/", NONE, flags | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY, NONE)
 }
 
-/// Those that a VMM gets besides its network's: all of its own, but for the user namespace where the host allows none (`user.max_user_namespaces`).
+/// Those that a VMM gets besides its network namespace: all of its own, but for the user namespace where the host allows none
+/// (`user.max_user_namespaces`).
 fn vmm_namespaces() -> CloneFlags {
     match clone_into(None, OWN_NAMESPACES) {
         // SAFETY: ends this process without running what the parent registered for its own exit.
