@@ -135,6 +135,7 @@ pub fn load(ram: &GuestRam, image: Image<'_>) -> Result<Loaded, LoadError> {
 /// Where the segments of an ELF kernel lie in the guest; none of another file.
 fn segments(file: &mut File) -> io::Result<Vec<Range<u64>>> {
     let mut header = Elf64_Ehdr::default();
+    file.rewind()?;
     file.read_exact(header.as_mut_slice())?;
     let mut segments = Vec::new();
     if !header.e_ident.starts_with(ELFMAG) {
@@ -237,6 +238,7 @@ fn load_initrd(ram: &GuestRam, file: &mut File, length: u64, kernel: &Kernel) ->
     let too_large = LoadError::TooLarge { needed: lowest.saturating_add(length), room: top };
     let end = lowest.checked_add(length).filter(|end| *end <= top).ok_or(too_large)?;
     let at = if kernel.initrd_follows { lowest } else { lowest + (top - end) / HUGE_PAGE * HUGE_PAGE };
+    file.rewind().map_err(LoadError::Initrd)?;
     ram.memory.read_exact_volatile_from(GuestAddress(at), file, length as usize)?;
     Ok(at)
 }
@@ -283,6 +285,7 @@ fn describe_memory(ram: &GuestRam, params: &mut boot_params) {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
     use std::sync::Arc;
 
     use vm_memory::GuestMemoryMmap;
@@ -300,5 +303,30 @@ mod tests {
         assert_eq!(lay_out(&ram, &taken), pages);
         assert!(pages.into_iter().all(|pages| ram.populate(pages)));
         assert_eq!(lay_out(&ram, &[]), []);
+    }
+
+    #[test]
+    fn a_file_is_read_from_its_begin_wherever_it_was_left() {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MIB as usize)]).unwrap();
+        let ram = GuestRam { memory: Arc::new(memory), low_end: MIB, high_end: ABOVE_4G, room: (0, 0) };
+        let kernel = Kernel { entry: 0, end: PAGE, initrd_follows: true, header: setup_header::default() };
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"initrd").unwrap();
+        assert_eq!(load_initrd(&ram, &mut file, 6, &kernel).unwrap(), PAGE);
+        let mut read = [0; 6];
+        ram.memory.read_slice(&mut read, GuestAddress(PAGE)).unwrap();
+        assert_eq!(&read, b"initrd");
+
+        let mut file = tempfile::tempfile().unwrap();
+        let header = Elf64_Ehdr {
+            e_ident: *b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0",
+            e_phoff: 64,
+            e_phnum: 1,
+            ..Default::default()
+        };
+        let segment = Elf64_Phdr { p_type: PT_LOAD, p_paddr: MIB, p_memsz: PAGE, ..Default::default() };
+        file.write_all(header.as_slice()).unwrap();
+        file.write_all(segment.as_slice()).unwrap();
+        assert_eq!(segments(&mut file).unwrap().as_slice(), std::slice::from_ref(&(MIB..MIB + PAGE)));
     }
 }

@@ -166,9 +166,7 @@ impl GuestRam {
         }
         Ok(Self { memory: Arc::new(GuestMemoryMmap::from_regions(regions)?), low_end, high_end, room })
     }
-}
 
-impl GuestRam {
     /// Backs a range with memory now, in huge pages as far as the host has them; false if the host does not know
     /// how (Linux before 5.14) or cannot.
     pub fn populate(&self, range: Range<u64>) -> bool {
