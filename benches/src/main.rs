@@ -66,6 +66,9 @@ struct Place {
     /// Times each measurement is repeated; the median counts.
     #[arg(long, default_value_t = 7)]
     runs: usize,
+    /// Of the part `io` only what begins so, such as `vsock.`.
+    #[arg(long, default_value = "")]
+    jobs: String,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -57,7 +57,7 @@ pub(crate) fn boot(place: &Place) -> Result<Boot> {
     let mut command = Command::new(place.program("pericarp"));
     command.arg("boot").arg("--console").arg("--vmm").arg(place.library("pericarp-vmm")).arg("--events").arg(&log);
     command.arg("--kernel").arg(kernel(&place.plain)).arg("--initrd").arg(place.plain.join("initrd.cpio"));
-    command.args(["--cpus", "1", "--memory", "128", "--cmdline", "reboot=t quiet"]);
+    command.args(["--cpus", "1", "--memory", "128", "--cmdline", "quiet"]);
     let begun = now()?;
     let (mut pericarp, seen) = until_line(&mut command)?;
     let vmm = kvm::children(pericarp.id())?.first().copied().context("`pericarp boot` has no VMM")?;
@@ -78,7 +78,7 @@ fn qemu_microvm(place: &Place) -> Result<(u64, u64, f64)> {
     command.args(["-M", MICROVM, "-bios", "qboot.rom", "-accel", "kvm", "-cpu", "host", "-m", "128", "-smp", "1"]);
     command.args(["-nodefaults", "-no-user-config", "-nographic", "-serial", "stdio", "-no-reboot"]);
     command.arg("-kernel").arg(kernel(&place.plain)).arg("-initrd").arg(place.plain.join("initrd.cpio"));
-    command.args(["-append", "console=ttyS0 panic=-1 reboot=t quiet"]);
+    command.args(["-append", "console=ttyS0 panic=-1 quiet"]);
     let begun = now()?;
     let (mut qemu, seen) = until_line(&mut command)?;
     let exits = kvm::counter(qemu.id(), "exits")?;

@@ -32,14 +32,15 @@ pub const POWER_OFF: u8 = S5 << 2 | 1 << 5;
 
 /// The 8250 of a machine that has one.
 pub const SERIAL_PORT: u16 = 0x3f8;
-/// Its interrupt, which is the first and last pin of an I/O APIC.
+/// Its interrupt, which is the first and last pin of an I/O APIC, and the ISA's.
 pub const SERIAL_GSI: u32 = 4;
 /// Registers of an 8250.
 pub const SERIAL_PORTS: u16 = 8;
 
 /// Where the I/O APIC of a machine with an 8250 is.
 pub const IOAPIC: u64 = 0xfec0_0000;
-const LOCAL_APIC: u32 = 0xfee0_0000;
+/// Where every local APIC is.
+pub const LOCAL_APIC: u32 = 0xfee0_0000;
 
 const OEM: [u8; 6] = *b"PCARP ";
 const TABLE: [u8; 8] = *b"PERICARP";

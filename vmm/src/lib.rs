@@ -17,6 +17,7 @@ pub mod jail;
 pub mod kvm;
 pub mod loader;
 pub mod memory;
+pub mod mptable;
 
 pub mod bus;
 pub mod ioapic;

@@ -23,7 +23,7 @@ use pericarp_vmm::pci::irq::Irqs;
 use pericarp_vmm::serial::Port;
 use pericarp_vmm::vcpu::{self, Cpus};
 use pericarp_vmm::virtio::blk;
-use pericarp_vmm::{acpi, complain, console, cpu, describe, kvm};
+use pericarp_vmm::{acpi, complain, console, cpu, describe, kvm, mptable};
 use thiserror::Error;
 use vmm_control::{Console, EventKind, ShutdownReason, exit};
 
@@ -96,6 +96,9 @@ fn boot(setup: Setup, events: &mut Events) -> Result<i32, StartError> {
     // What the guest finds in memory, and its CPUs at the kernel's entry.
     cpu::write_boot_tables(&ram.memory).map_err(LoadError::from)?;
     let acpi_root = acpi::write(&ram.memory, setup.vcpus, serial).map_err(LoadError::from)?;
+    if serial {
+        mptable::write(&ram.memory, setup.vcpus).map_err(LoadError::from)?;
+    }
     let agent = setup.vsock.is_some();
     let command_line = command_line(&setup.cmdline, serial, agent, setup.room_mib > 0);
     let seed = loader::seed()?;
@@ -141,16 +144,20 @@ fn boot(setup: Setup, events: &mut Events) -> Result<i32, StartError> {
 
 /// A panic ends the guest at once. There is no PCI behind ports 0xcf8 and 0xcfc, so Linux need not look there for
 /// devices with early quirks, two exits each. Its lock prefixes stay as they are with one CPU too: taking them out costs
-/// 4 million instructions, and putting them back when a second one comes as many again. The console is the ring, or
-/// the serial port of a machine that has one. An agent brings up the CPUs beyond the first when it is ready, and is unpacked into
-/// a file system that can take the initrd's pages as they are. Memory that is plugged is used at once; three parts in
-/// four of it at most for what can be moved, and so given back, since the rest has to hold what the kernel itself keeps for it.
+/// 4 million instructions, and putting them back when a second one comes as many again.
+///
+/// The console is the ring, or the serial port of a machine that has one. The kernel of such a machine is anybody's: it is told
+/// that there is one port, and to make none of BSD's 512 terminals, which nobody has used for twenty years and which a
+/// small kernel spends a sixth of its boot on.
+///
+/// An agent brings up the CPUs beyond the first when it is ready, and is unpacked into a file system that can take the
+/// initrd's pages as they are. Memory that is plugged is used at once; three parts in four of it at most for what can be
+/// moved, and so given back, since the rest has to hold what the kernel itself keeps for it.
 fn command_line(added: &str, serial: bool, agent: bool, room: bool) -> String {
-    let console = if serial { " console=ttyS0" } else { "" };
+    let console = if serial { "console=ttyS0 8250.nr_uarts=1 pty.legacy_count=0" } else { &console::parameters() };
     let agent = if agent { " maxcpus=1 rootfstype=ramfs" } else { "" };
     let plug = if room { " memhp_default_state=online memory_hotplug.online_policy=auto-movable" } else { "" };
-    let own = console::parameters();
-    format!("panic=-1 pci=noearly noreplace-smp {own}{console}{agent}{plug} {added}").trim_end().to_owned()
+    format!("panic=-1 pci=noearly noreplace-smp {console}{agent}{plug} {added}").trim_end().to_owned()
 }
 
 fn open_serial(vm: &kvm_ioctls::VmFd, keyboard: Option<File>) -> io::Result<Port> {

@@ -53,6 +53,9 @@ pub const LOW_END: u64 = 0x9_fc00;
 /// ACPI tables, where firmware keeps them.
 pub const ACPI_TABLES: u64 = 0xe_0000;
 
+/// The MultiProcessor Specification's table, where firmware keeps it.
+pub const MP_TABLE: u64 = 0xf_0000;
+
 /// Memory from here on is the kernel's.
 pub const HIGH_RAM: u64 = MIB;
 

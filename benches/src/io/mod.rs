@@ -50,7 +50,7 @@ pub(crate) async fn measure(place: &Place, report: &mut Report) -> Result<String
         machines.push((prefix, Machine::start(place, kind, &directory, &disk)?));
     }
     let mut samples = Samples::default();
-    for job in &JOBS {
+    for job in JOBS.iter().filter(|job| job.name.starts_with(&place.jobs)) {
         let rounds = repeat(job.name, place.runs, async || round(&mut machines, job)).await?;
         for (name, value) in rounds.into_iter().flatten() {
             samples.add(name, value);

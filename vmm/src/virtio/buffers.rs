@@ -106,6 +106,20 @@ impl<'m> Buffers<'m> {
         Ok(())
     }
 
+    /// Adds the pieces that make up `range` of others; `false`, and nothing is added, if they would be too many for one
+    /// system call.
+    pub fn append(&mut self, other: &Self, range: Range<usize>) -> bool {
+        let before = self.parts.len();
+        self.parts.extend(other.pieces(range));
+        if self.parts.len() > PARTS {
+            self.parts.truncate(before);
+            return false;
+        }
+        let added = self.parts.iter().skip(before).map(|part| part.iov_len);
+        self.len = added.fold(self.len, usize::saturating_add);
+        true
+    }
+
     /// The pieces that make up `range`, cut to it; what lies past the end is left out.
     fn pieces(&self, range: Range<usize>) -> impl Iterator<Item = iovec> {
         let mut start = 0_usize;
@@ -213,15 +227,9 @@ impl<'m> Buffers<'m> {
 
     /// Reads from a stream or a packet from a tap into `range`.
     pub fn receive(&mut self, range: Range<usize>, source: &impl AsRawFd) -> io::Result<usize> {
-        self.receive_with(range, &mut [], source)
-    }
-
-    /// As [`Buffers::receive`]; what goes beyond `range` goes to `rest`.
-    pub fn receive_with(&mut self, range: Range<usize>, rest: &mut [u8], source: &impl AsRawFd) -> io::Result<usize> {
         let fd = source.as_raw_fd();
-        let rest = (!rest.is_empty()).then_some(iovec { iov_base: rest.as_mut_ptr().cast(), iov_len: rest.len() });
-        self.vectored_with(range, rest, |parts, count| {
-            // SAFETY: as in `pread`, and `rest` is borrowed until the call has returned.
+        self.vectored(range, |parts, count| {
+            // SAFETY: as in `pread`.
             unsafe { libc::preadv2(fd, parts, count, NO_POSITION, 0) }
         })
     }
@@ -237,20 +245,9 @@ impl<'m> Buffers<'m> {
 
     /// Makes a system call over `range`, again after a signal.
     fn vectored(&mut self, range: Range<usize>, call: impl Fn(*const iovec, c_int) -> isize) -> io::Result<usize> {
-        self.vectored_with(range, None, call)
-    }
-
-    /// Makes one over `range` and one piece more.
-    fn vectored_with(
-        &mut self,
-        range: Range<usize>,
-        more: Option<iovec>,
-        call: impl Fn(*const iovec, c_int) -> isize,
-    ) -> io::Result<usize> {
         let mut window = std::mem::take(&mut self.window);
         window.clear();
         window.extend(self.pieces(range));
-        window.extend(more);
         let result = match c_int::try_from(window.len()) {
             Ok(count) => repeat_interrupted(|| call(window.as_ptr(), count)),
             Err(_) => Err(io::ErrorKind::InvalidInput.into()),

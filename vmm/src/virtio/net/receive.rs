@@ -4,13 +4,12 @@
 //! merged buffers (VIRTIO_NET_F_MRG_RXBUF) that room is made of many chains; those that a packet leaves over serve
 //! the next one, and go back when the device stops.
 //!
-//! A system call into all of that room costs as much as the rest of a small packet's way. So after a packet that fitted into the
-//! first chain the next one is read into the first chain and, behind that, into memory of the host's, from where what did not
-//! fit is copied.
+//! A system call into all of that room costs as much as the rest of a small packet's way, and one into two pieces still more than
+//! a copy. So after a packet that fitted into the first chain the next one is read into memory of the host's, and copied.
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 
 use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::GuestMemoryMmap;
@@ -37,8 +36,8 @@ pub(super) struct Receiver<'m> {
     used: Vec<(u16, usize)>,
     /// The last packet fitted into its first chain.
     small: bool,
-    /// Where the end of a packet goes that is longer than the last one.
-    spill: Vec<u8>,
+    /// Where a packet goes that is likely to be small.
+    copied: Vec<u8>,
     /// The tap may have a packet.
     tap_ready: bool,
     /// The tap is gone for good.
@@ -58,7 +57,7 @@ impl<'m> Receiver<'m> {
             chains: VecDeque::with_capacity(entries),
             used: Vec::with_capacity(entries),
             small: false,
-            spill: vec![0; PACKET_BYTES],
+            copied: vec![0; PACKET_BYTES],
             tap_ready: true,
             tap_gone: false,
             starved: false,
@@ -102,8 +101,11 @@ impl<'m> Receiver<'m> {
                     counters.received_packets.add(1);
                     counters.received_bytes.add(payload(len));
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.tap_ready = false,
-                Err(_) => self.tap_gone = true,
+                Err(error) => match error.kind() {
+                    io::ErrorKind::WouldBlock => self.tap_ready = false,
+                    io::ErrorKind::Interrupted => {}
+                    _ => self.tap_gone = true,
+                },
             }
         }
         if self.queue.queue.next_used() == old { Ok(()) } else { self.queue.signal_used_since(self.memory, old) }
@@ -138,16 +140,17 @@ impl<'m> Receiver<'m> {
     }
 
     /// Reads one packet into the room.
-    fn read(&mut self, tap: &File) -> io::Result<usize> {
+    fn read(&mut self, mut tap: &File) -> io::Result<usize> {
         let limit = self.room_for_one();
-        let first = self.chains.front().map_or(0, |(_, len)| *len).min(limit);
-        let direct = if self.small { first } else { limit };
-        let spill = self.spill.get_mut(..limit.saturating_sub(direct)).unwrap_or_default();
-        let len = self.room.receive_with(0..direct, spill, tap)?;
-        if let Some(spilt) = len.checked_sub(direct) {
-            self.room.write_at(direct, self.spill.get(..spilt).unwrap_or_default());
-        }
-        self.small = len <= first;
+        let len = if self.small {
+            let packet = self.copied.get_mut(..limit).unwrap_or_default();
+            let len = tap.read(packet)?;
+            self.room.write_at(0, packet.get(..len).unwrap_or_default());
+            len
+        } else {
+            self.room.receive(0..limit, tap)?
+        };
+        self.small = self.chains.front().is_some_and(|(_, first)| len <= *first);
         Ok(len)
     }
 

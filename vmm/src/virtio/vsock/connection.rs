@@ -10,7 +10,7 @@
 //!          └────────▶ gone ◀───┴───────────────────┘◀──client took all── Draining
 //! ```
 //!
-//! It owns the client's socket and what that has not yet taken, at most [`super::credit::BUFFER_BYTES`]; it
+//! It owns the client's socket and what that has not yet taken, at most what the guest was promised; it
 //! never waits.
 
 use std::collections::VecDeque;
@@ -23,12 +23,10 @@ use std::time::Instant;
 use nix::errno::Errno;
 use vmm_sys_util::epoll::EventSet;
 
+use super::burst::{BURST_BYTES, Burst};
 use super::credit::Credit;
-use super::packet::{HEADER_BYTES, Header, Op, Ports, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
+use super::packet::{Header, Op, Ports, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 use crate::virtio::buffers::Buffers;
-
-/// Most payload in one packet for the guest: what Linux takes at most.
-const PACKET_BYTES: usize = 64 << 10;
 
 /// Bytes copied out of guest memory in one go when the client does not take them.
 const CHUNK: usize = 4096;
@@ -54,11 +52,11 @@ pub(super) enum Phase {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Abort;
 
-/// What a connection made of a chain of the receive queue.
+/// What a connection made of chains of the receive queue.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Produced {
-    /// A packet of so many bytes, header included.
-    Packet(usize),
+    /// One packet or more.
+    Packets,
     /// It has nothing to say after all.
     Nothing,
     /// The client broke off: the connection has to be reset.
@@ -98,6 +96,8 @@ pub(super) struct Connection {
     client_receives: bool,
     /// The client's socket may have something to read, as far as its epoll has told.
     readable: bool,
+    /// The client's socket had more than there was room for when it was last read.
+    flowing: bool,
     /// The client has closed one or both directions: reading on will find the end.
     ending: bool,
     /// Flags of the SHUTDOWNs that the guest has been sent.
@@ -107,14 +107,14 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    fn new(endpoint: Endpoint, phase: Phase, due: Due) -> Self {
+    fn new(endpoint: Endpoint, phase: Phase, due: Due, promised: u32) -> Self {
         Self {
             endpoint,
             phase,
             deadline: None,
             queued: false,
             watches_output: false,
-            credit: Credit::default(),
+            credit: Credit::new(promised),
             due,
             buffer: VecDeque::new(),
             guest_sends: true,
@@ -122,20 +122,22 @@ impl Connection {
             client_sends: true,
             client_receives: true,
             readable: false,
+            flowing: false,
             ending: false,
             told_shutdown: 0,
             credit_asked: false,
         }
     }
 
-    /// A client asks for a port of the guest.
-    pub(super) fn request(stream: UnixStream) -> Self {
-        Self::new(Endpoint::Client(stream), Phase::Requested, Due { request: true, ..Due::default() })
+    /// A client asks for a port of the guest, which is promised a buffer of so many bytes.
+    pub(super) fn request(stream: UnixStream, promised: u32) -> Self {
+        Self::new(Endpoint::Client(stream), Phase::Requested, Due { request: true, ..Due::default() }, promised)
     }
 
-    /// The guest dialled a sink.
-    pub(super) fn accept_sink(header: &Header) -> Self {
-        let mut connection = Self::new(Endpoint::Sink, Phase::Open, Due { response: true, ..Due::default() });
+    /// The guest dialled a sink; it is promised a buffer of so many bytes.
+    pub(super) fn accept_sink(header: &Header, promised: u32) -> Self {
+        let due = Due { response: true, ..Due::default() };
+        let mut connection = Self::new(Endpoint::Sink, Phase::Open, due, promised);
         // A fresh connection has sent nothing, so any credit but zero bytes read is a lie, and only hurts the liar.
         let _outcome = connection.credit.note(header);
         connection
@@ -345,19 +347,24 @@ impl Connection {
         }
     }
 
-    /// Writes the next packet for the guest into a chain of the receive queue, which has room for a header.
-    pub(super) fn produce(&mut self, ports: Ports, chain: &mut Buffers<'_>) -> Produced {
+    /// Whether it is likely to fill more than one chain.
+    pub(super) fn is_flowing(&self) -> bool {
+        self.flowing
+    }
+
+    /// Writes the next packets for the guest: one, but of a stream as many as there are chains.
+    pub(super) fn produce(&mut self, ports: Ports, burst: &mut Burst<'_>) -> Produced {
         if self.due.request {
             self.due.request = false;
-            return self.packet(ports, Op::Request, chain);
+            return self.packet(ports, Op::Request, burst);
         }
         if self.due.response {
             self.due.response = false;
-            return self.packet(ports, Op::Response, chain);
+            return self.packet(ports, Op::Response, burst);
         }
         if self.wants_data() {
             if self.credit.sendable() > 0 {
-                match self.data(ports, chain) {
+                match self.data(ports, burst) {
                     Produced::Nothing => {}
                     other => return other,
                 }
@@ -366,16 +373,16 @@ impl Connection {
                 self.due.credit_request = true;
             }
         }
-        self.control(ports, chain)
+        self.control(ports, burst)
     }
 
-    fn control(&mut self, ports: Ports, chain: &mut Buffers<'_>) -> Produced {
+    fn control(&mut self, ports: Ports, burst: &mut Burst<'_>) -> Produced {
         if self.due.credit_request {
             self.due.credit_request = false;
-            return self.packet(ports, Op::CreditRequest, chain);
+            return self.packet(ports, Op::CreditRequest, burst);
         }
         if self.due.credit_update {
-            return self.packet(ports, Op::CreditUpdate, chain);
+            return self.packet(ports, Op::CreditUpdate, burst);
         }
         if self.due.shutdown && self.phase == Phase::Open {
             self.due.shutdown = false;
@@ -389,18 +396,18 @@ impl Connection {
                 }
                 let mut header = Header::new(ports, Op::Shutdown);
                 header.flags = flags;
-                return self.write(header, chain);
+                return self.write(header, burst);
             }
         }
         Produced::Nothing
     }
 
-    /// Reads from the client straight into the chain.
-    fn data(&mut self, ports: Ports, chain: &mut Buffers<'_>) -> Produced {
+    /// Reads from the client straight into the chains.
+    fn data(&mut self, ports: Ports, burst: &mut Burst<'_>) -> Produced {
         let Endpoint::Client(stream) = &self.endpoint else { return Produced::Nothing };
         let credit = usize::try_from(self.credit.sendable()).unwrap_or(usize::MAX);
-        let want = chain.len().saturating_sub(HEADER_BYTES).min(credit).min(PACKET_BYTES);
-        match chain.receive(HEADER_BYTES..HEADER_BYTES.saturating_add(want), stream) {
+        let want = burst.payload().len().min(credit).min(BURST_BYTES);
+        match burst.payload().receive(0..want, stream) {
             Ok(0) => {
                 self.client_sends = false;
                 self.due.shutdown = true;
@@ -408,12 +415,9 @@ impl Connection {
             }
             Ok(count) => {
                 // A stream that gave less than asked for is empty, unless it ends there (epoll(7), question 9).
-                self.readable = count == want || self.ending;
-                let len = u32::try_from(count).unwrap_or(u32::MAX);
-                self.credit.send(len);
-                let mut header = Header::new(ports, Op::Data);
-                header.len = len;
-                self.write(header, chain)
+                self.flowing = count == want;
+                self.readable = self.flowing || self.ending;
+                self.packets(ports, count, burst)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 self.readable = false;
@@ -423,16 +427,32 @@ impl Connection {
         }
     }
 
-    fn packet(&mut self, ports: Ports, op: Op, chain: &mut Buffers<'_>) -> Produced {
-        self.write(Header::new(ports, op), chain)
+    /// Makes packets of so many bytes of payload, which are there already.
+    fn packets(&mut self, ports: Ports, bytes: usize, burst: &mut Burst<'_>) -> Produced {
+        let mut rest = bytes;
+        while rest > 0
+            && let Some(room) = burst.room()
+        {
+            let len = rest.min(room);
+            rest = rest.saturating_sub(len);
+            let mut header = Header::new(ports, Op::Data);
+            header.len = u32::try_from(len).unwrap_or(u32::MAX);
+            self.credit.send(header.len);
+            self.write(header, burst);
+        }
+        Produced::Packets
     }
 
-    fn write(&mut self, mut header: Header, chain: &mut Buffers<'_>) -> Produced {
+    fn packet(&mut self, ports: Ports, op: Op, burst: &mut Burst<'_>) -> Produced {
+        self.write(Header::new(ports, op), burst)
+    }
+
+    fn write(&mut self, mut header: Header, burst: &mut Burst<'_>) -> Produced {
         // Every packet carries our credit, so none needs to follow for that alone.
         self.credit.stamp(&mut header);
         self.due.credit_update = false;
-        chain.write_at(0, &header.encode());
-        Produced::Packet(HEADER_BYTES.saturating_add(usize::try_from(header.len).unwrap_or(0)))
+        burst.write(&header);
+        Produced::Packets
     }
 
     /// Whether both sides are through with it.

@@ -2,17 +2,19 @@
 
 use super::packet::Header;
 
-/// Receive buffer that the guest is promised for each connection, in bytes: the most that a slow client makes the
-/// VMM hold.
-pub(super) const BUFFER_BYTES: u32 = 128 << 10;
+/// Receive buffer that the guest is promised for a connection, in bytes: as much as Linux promises, so that the guest seldom waits.
+/// It is the most that a slow client makes the VMM hold.
+pub(super) const BUFFER_BYTES: u32 = 256 << 10;
 
 /// The guest broke the rules of credit; its connection is reset.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct CreditError;
 
 /// Both directions of one connection.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Credit {
+    /// Receive buffer that the guest is promised, in bytes.
+    promised: u32,
     /// Bytes that the guest has sent.
     received: u32,
     /// Of these, how many have gone on to the client: our `fwd_cnt`.
@@ -28,9 +30,14 @@ pub(super) struct Credit {
 }
 
 impl Credit {
+    /// Nothing sent yet in either direction.
+    pub(super) fn new(promised: u32) -> Self {
+        Self { promised, received: 0, forwarded: 0, told: 0, sent: 0, consumed: 0, buffer: 0 }
+    }
+
     /// Counts `len` bytes from the guest, if they fit what it was promised.
     pub(super) fn receive(&mut self, len: u32) -> Result<(), CreditError> {
-        if len > BUFFER_BYTES.saturating_sub(self.held()) {
+        if len > self.promised.saturating_sub(self.held()) {
             return Err(CreditError);
         }
         self.received = self.received.wrapping_add(len);
@@ -50,12 +57,12 @@ impl Credit {
 
     /// Whether the guest believes that less than half of the buffer is free while more is.
     pub(super) fn update_due(&self) -> bool {
-        self.told != self.forwarded && self.received.wrapping_sub(self.told) > BUFFER_BYTES / 2
+        self.told != self.forwarded && self.received.wrapping_sub(self.told) > self.promised / 2
     }
 
     /// Puts our credit into a packet for the guest.
     pub(super) fn stamp(&mut self, header: &mut Header) {
-        header.buf_alloc = BUFFER_BYTES;
+        header.buf_alloc = self.promised;
         header.fwd_cnt = self.forwarded;
         self.told = self.forwarded;
     }
@@ -97,7 +104,7 @@ mod tests {
 
     #[test]
     fn the_guest_is_told_when_half_of_its_credit_is_used_up() {
-        let mut credit = Credit::default();
+        let mut credit = Credit::new(BUFFER_BYTES);
         credit.receive(BUFFER_BYTES / 2).unwrap();
         credit.forward(1000);
         assert!(!credit.update_due());
@@ -111,7 +118,7 @@ mod tests {
 
     #[test]
     fn a_guest_that_sends_more_than_it_may_is_caught() {
-        let mut credit = Credit::default();
+        let mut credit = Credit::new(BUFFER_BYTES);
         credit.receive(BUFFER_BYTES).unwrap();
         assert_eq!(credit.receive(1), Err(CreditError));
         assert_eq!(credit.receive(u32::MAX), Err(CreditError));
@@ -122,7 +129,7 @@ mod tests {
 
     #[test]
     fn a_guest_that_lies_about_what_it_read_is_caught() {
-        let mut credit = Credit::default();
+        let mut credit = Credit::new(BUFFER_BYTES);
         credit.note(&header(4096, 0)).unwrap();
         credit.send(100);
         assert_eq!(credit.note(&header(4096, 101)), Err(CreditError));
@@ -138,7 +145,7 @@ mod tests {
         /// Two honest sides never wait for ever and never overrun, also where counts wrap.
         #[test]
         fn honest_sides_agree(start: u32, steps in prop::collection::vec((0_u32..70_000, 0_u32..70_000), 1..200)) {
-            let mut credit = Credit { received: start, forwarded: start, told: start, ..Credit::default() };
+            let mut credit = Credit { received: start, forwarded: start, told: start, ..Credit::new(BUFFER_BYTES) };
             let (mut guest_sent, mut guest_knows) = (start, start);
             for (send, forward) in steps {
                 let free = BUFFER_BYTES - guest_sent.wrapping_sub(guest_knows);
@@ -162,7 +169,7 @@ mod tests {
         #[test]
         fn never_more_than_the_guest_has_room_for(start: u32,
             steps in prop::collection::vec((any::<u32>(), any::<u32>(), 0_u32..70_000), 1..100)) {
-            let mut credit = Credit { sent: start, consumed: start, ..Credit::default() };
+            let mut credit = Credit { sent: start, consumed: start, ..Credit::new(BUFFER_BYTES) };
             for (buf_alloc, fwd_cnt, want) in steps {
                 if credit.note(&header(buf_alloc, fwd_cnt)).is_ok() {
                     prop_assert_eq!(credit.buffer, buf_alloc);

@@ -2,8 +2,8 @@
 //!
 //! Only clients on the host open connections, with `CONNECT <port>\n` on the listening socket; they wait there until
 //! the agent has dialled [`READY_PORT`]. The guest may dial sinks besides, whose bytes end in files. It only moves
-//! bytes and never looks at what they mean. Whatever the guest does, the VMM holds at most
-//! [`CONNECTIONS`] × 128 KiB for it, and that only for clients that do not read.
+//! bytes and never looks at what they mean. Whatever the guest does, the VMM holds no
+//! more for it than it promised each of [`CONNECTIONS`], and that only for clients that do not read.
 
 #![cfg_attr(
     not(test),
@@ -17,6 +17,7 @@
     )
 )]
 
+mod burst;
 mod connection;
 mod credit;
 mod handshake;

@@ -116,26 +116,24 @@ impl Header {
         Ok(Self { ports, op, len, flags, buf_alloc: u32_at(bytes, 36), fwd_cnt: u32_at(bytes, 40) })
     }
 
-    /// The bytes for the guest.
+    /// The bytes for the guest: 32-bit words, the two addresses of two words each.
     pub(super) fn encode(&self) -> [u8; HEADER_BYTES] {
+        let [host, guest] = [HOST_CID, GUEST_CID].map(|cid| [cid, cid >> 32].map(low_half));
+        let op = self.op.map_or(0, Op::to_wire);
+        let Ports { host: from, guest: to } = self.ports;
+        let kind = u32::from(STREAM) | u32::from(op) << 16;
+        let words =
+            [host[0], host[1], guest[0], guest[1], from, to, self.len, kind, self.flags, self.buf_alloc, self.fwd_cnt];
         let mut bytes = [0; HEADER_BYTES];
-        let fields: [&[u8]; 10] = [
-            &HOST_CID.to_le_bytes(),
-            &GUEST_CID.to_le_bytes(),
-            &self.ports.host.to_le_bytes(),
-            &self.ports.guest.to_le_bytes(),
-            &self.len.to_le_bytes(),
-            &STREAM.to_le_bytes(),
-            &self.op.map_or(0, Op::to_wire).to_le_bytes(),
-            &self.flags.to_le_bytes(),
-            &self.buf_alloc.to_le_bytes(),
-            &self.fwd_cnt.to_le_bytes(),
-        ];
-        for (slot, byte) in bytes.iter_mut().zip(fields.into_iter().flatten()) {
-            *slot = *byte;
+        for (slot, word) in bytes.as_chunks_mut().0.iter_mut().zip(words) {
+            *slot = word.to_le_bytes();
         }
         bytes
     }
+}
+
+fn low_half(value: u64) -> u32 {
+    u32::try_from(value & u64::from(u32::MAX)).unwrap_or_default()
 }
 
 fn field<const N: usize>(bytes: &[u8; HEADER_BYTES], offset: usize) -> [u8; N] {

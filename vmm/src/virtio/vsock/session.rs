@@ -2,20 +2,22 @@
 //!
 //! The guest's packets are taken as long as each answer they call for has a place to wait; then the queue rests until
 //! the guest has taken answers (virtio 1.2 §5.10.6.2). Connections that have something for the guest stand in line
-//! and say one packet each in turn.
+//! and say one packet each in turn, or one burst of a stream.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::mem;
 use std::time::{Duration, Instant};
 
-use virtio_queue::{QueueOwnedT, QueueT};
+use virtio_queue::QueueT;
 use vm_memory::GuestMemoryMmap;
 use vmm_control::READY_PORT;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::burst::Burst;
 use super::connection::{Connection, Endpoint, Phase, Produced};
+use super::credit::BUFFER_BYTES;
 use super::handshake::{Handshake, Progress};
 use super::packet::{BadHeader, HEADER_BYTES, Header, Op, PORT_ANY, Ports};
 use super::{CONNECTIONS, FIRST_CLIENT_PORT, Question, Vsock};
@@ -26,8 +28,12 @@ use crate::virtio::poller::{Poller, Wait};
 /// Most resets waiting for the guest before its packets are left in their queue.
 const RESETS: usize = 256;
 
-/// Most packets in either direction, or clients accepted, before everything else has its turn.
+/// Most packets from the guest, bursts for it, or clients accepted, before everything else has its turn.
 const BATCH: usize = 64;
+
+/// So many connections are promised a whole buffer, and those that come while there are as many a quarter of one: all together
+/// make the VMM hold 81 MiB at most.
+const WIDE_CONNECTIONS: usize = 64;
 
 /// Pause before clients are accepted again after the host ran out of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -48,8 +54,11 @@ pub(super) struct Session<'a> {
     memory: &'a GuestMemoryMmap,
     rx: &'a mut ActiveQueue,
     tx: &'a mut ActiveQueue,
+    /// The guest's packet.
     readable: Buffers<'a>,
     writable: Buffers<'a>,
+    /// Packets for the guest.
+    burst: Burst<'a>,
     poller: Poller,
     table: Table,
     /// The agent has dialled, so clients may come.
@@ -125,7 +134,8 @@ impl<'a> Session<'a> {
             rx,
             tx,
             readable: Buffers::new(memory),
-            writable: Buffers::new(memory),
+            writable: Buffers::empty(memory),
+            burst: Burst::new(memory),
             poller,
             table,
             agent_ready: false,
@@ -255,7 +265,7 @@ impl<'a> Session<'a> {
                 if let Some(handshake) = self.table.handshakes.remove(&host) {
                     let ports = Ports { host, guest };
                     self.poller.modify(&handshake.stream, CLIENT_EVENTS, token(ports))?;
-                    let mut connection = Connection::request(handshake.stream);
+                    let mut connection = Connection::request(handshake.stream, self.table.promise());
                     connection.deadline = Some(self.table.deadlines.set(ports));
                     self.table.connections.insert(ports, connection);
                     self.device.counters.connections.add(1);
@@ -351,13 +361,9 @@ impl<'a> Session<'a> {
 
     /// Takes the packet in `readable`.
     fn packet(&mut self) -> Result<(), DeviceError> {
-        let bytes = self.readable.read_object::<[u8; 32]>(0).zip(self.readable.read_object::<[u8; 12]>(32));
-        let Some((front, back)) = bytes else {
-            return Err(DeviceError::Driver("a vsock packet is shorter than its header"));
-        };
         let mut bytes = [0; HEADER_BYTES];
-        for (slot, byte) in bytes.iter_mut().zip(front.iter().chain(&back)) {
-            *slot = *byte;
+        if !self.readable.read_at(0, &mut bytes) {
+            return Err(DeviceError::Driver("a vsock packet is shorter than its header"));
         }
         match Header::decode(&bytes) {
             Ok(header) => Ok(self.dispatch(&header)?),
@@ -394,7 +400,7 @@ impl<'a> Session<'a> {
             Some(Op::Request) if self.table.has_room() && !self.table.connections.contains_key(&ports) => {
                 if let Some(sink) = self.device.sinks.get_mut(ports.host) {
                     sink.opened();
-                    self.table.connections.insert(ports, Connection::accept_sink(header));
+                    self.table.connections.insert(ports, Connection::accept_sink(header, self.table.promise()));
                     self.device.counters.connections.add(1);
                     return self.settle(ports);
                 }
@@ -484,51 +490,36 @@ impl<'a> Session<'a> {
 
     fn serve_rx(&mut self) -> Result<(), DeviceError> {
         let mut turns = 0..BATCH;
-        let mut used = false;
+        let before = self.rx.queue.next_used();
         while !self.rx_starved && self.table.has_packets() && turns.next().is_some() {
-            let Some(chain) = self.rx.pop(self.memory)? else {
+            if !self.burst.take(self.rx, self.memory, self.table.is_flowing())? {
                 self.rx_starved = !self.rx.queue.enable_notification(self.memory)?;
                 continue;
-            };
-            let head = chain.head_index();
-            self.readable.clear();
-            self.writable.clear();
-            gather(chain, &mut self.readable, &mut self.writable)?;
-            if !self.readable.is_empty() || self.writable.len() <= HEADER_BYTES {
-                return Err(DeviceError::Driver("a vsock receive buffer has no room for a packet"));
             }
-            match self.next_packet()? {
-                Some(len) => {
-                    self.rx.complete(self.memory, head, len)?;
-                    used = true;
-                }
-                None => self.rx.queue.go_to_previous_position(),
+            self.next_packets()?;
+            if let Some(payload) = self.burst.give(self.rx, self.memory)? {
+                self.device.counters.to_guest_bytes.add(u64::try_from(payload).unwrap_or(u64::MAX));
             }
         }
-        if used { self.rx.signal_used(self.memory) } else { Ok(()) }
+        if self.rx.queue.next_used() == before { Ok(()) } else { self.rx.signal_used_since(self.memory, before) }
     }
 
-    /// Writes the next packet of whoever is first in line; returns its length, `None` if nobody has one.
-    fn next_packet(&mut self) -> io::Result<Option<usize>> {
+    /// Writes the next packets of whoever is first in line; none if nobody has any.
+    fn next_packets(&mut self) -> io::Result<()> {
         if let Some(ports) = self.table.resets.pop_front() {
-            self.writable.write_at(0, &Header::new(ports, Op::Reset).encode());
-            return Ok(Some(HEADER_BYTES));
+            self.burst.write(&Header::new(ports, Op::Reset));
+            return Ok(());
         }
         while let Some(ports) = self.table.line.pop_front() {
             let Some(connection) = self.table.connections.get_mut(&ports) else { continue };
             connection.queued = false;
-            match connection.produce(ports, &mut self.writable) {
-                Produced::Packet(len) => {
-                    let payload = u64::try_from(len.saturating_sub(HEADER_BYTES)).unwrap_or(u64::MAX);
-                    self.device.counters.to_guest_bytes.add(payload);
-                    self.settle(ports)?;
-                    return Ok(Some(len));
-                }
+            match connection.produce(ports, &mut self.burst) {
+                Produced::Packets => return self.settle(ports),
                 Produced::Nothing => self.settle(ports)?,
                 Produced::Abort => self.abort(ports),
             }
         }
-        Ok(None)
+        Ok(())
     }
 }
 
@@ -548,8 +539,19 @@ impl Table {
         self.connections.len().saturating_add(self.handshakes.len()) < CONNECTIONS
     }
 
+    /// The buffer that the guest is promised for one more connection.
+    fn promise(&self) -> u32 {
+        if self.connections.len() < WIDE_CONNECTIONS { BUFFER_BYTES } else { BUFFER_BYTES / 4 }
+    }
+
     fn has_packets(&self) -> bool {
         !self.line.is_empty() || !self.resets.is_empty()
+    }
+
+    /// Whether who is next is likely to fill more than one chain.
+    fn is_flowing(&self) -> bool {
+        let first = self.line.front().and_then(|ports| self.connections.get(ports));
+        self.resets.is_empty() && first.is_some_and(Connection::is_flowing)
     }
 
     /// A host port that no client has.

@@ -22,6 +22,8 @@ const TX: u64 = 0x40_0000;
 const SINK: u32 = 2000;
 const GUEST_PORT: u32 = 1025;
 const ROOM: u32 = 1 << 20;
+/// What the guest is promised for each of the first connections.
+const PROMISED: usize = 256 << 10;
 /// Long enough for a device to do what it should not do.
 const QUIET: Duration = Duration::from_millis(50);
 
@@ -260,7 +262,7 @@ fn fill(rig: &mut Rig, ports: Ports, client: &UnixStream) -> Vec<u8> {
     nix::sys::socket::setsockopt(client, nix::sys::socket::sockopt::RcvBuf, &4096).unwrap();
     let (mut sent, mut taken) = (Vec::new(), 0_usize);
     loop {
-        let len = ((128 << 10) - (sent.len() - taken)).min(32 << 10);
+        let len = (PROMISED - (sent.len() - taken)).min(32 << 10);
         if len == 0 {
             rig.op(ports, Op::CreditRequest);
             let update = rig.expect(CREDIT_UPDATE);

@@ -142,7 +142,8 @@ fn connections_are_limited() {
     rig.expect_silence();
     rig.shut_down(Ports { host: SINK, guest: 7 }, SHUTDOWN_BOTH);
     rig.expect(RESET);
-    rig.expect(REQUEST);
+    let request = rig.expect(REQUEST);
+    assert_eq!(usize::try_from(request.buf_alloc).unwrap(), PROMISED / 4, "where there are many each gets less");
     assert_eq!(rig.handle.counters()[0], ("connections", u64::try_from(CONNECTIONS).unwrap() + 1));
     rig.running.stop();
 }

@@ -12,7 +12,7 @@ fn clients_wait_for_the_agent() {
     let request = rig.expect(REQUEST);
     assert_eq!(request.ports.guest, 5);
     assert!(request.ports.host >= FIRST_CLIENT_PORT);
-    assert_eq!((request.buf_alloc, request.fwd_cnt), (128 << 10, 0));
+    assert_eq!((request.buf_alloc, request.fwd_cnt), (u32::try_from(PROMISED).unwrap(), 0));
     rig.op(request.ports, Op::Response);
     assert_eq!(line(&mut early), format!("OK {}\n", request.ports.host));
     // Dialling again is answered the same way and reported no more.
@@ -66,7 +66,7 @@ fn bytes_flow_both_ways_bit_for_bit() {
     });
     let (mut sent, mut taken) = (0_usize, 0_usize);
     while sent < bytes.len() {
-        let free = (128 << 10) - (sent - taken);
+        let free = PROMISED - (sent - taken);
         let len = free.min(bytes.len() - sent).min(60_000);
         if len > 0 {
             rig.data(ports, &bytes[sent..sent + len]);
@@ -191,7 +191,7 @@ fn a_slow_client_holds_the_guest_back_and_then_lets_it_go_on() {
     client.read_exact(&mut bytes).unwrap();
     assert_eq!(bytes, sent);
     let update = rig.expect(CREDIT_UPDATE);
-    assert!(usize::try_from(update.fwd_cnt).unwrap() > sent.len() - (128 << 10));
+    assert!(usize::try_from(update.fwd_cnt).unwrap() > sent.len() - PROMISED);
     rig.running.stop();
 }
 
