@@ -23,15 +23,15 @@ pub(crate) async fn measure(place: &Place, minimal: &Minimal, pods: &Pods, repor
 
     let trace = Trace::start(&starters)?;
     let (_, events) = minimal.boot(1).await?;
-    note("boot.min", &trace.stop(&starters, ready(&events)?)?, &mut samples);
+    note("boot.min", &trace.stop(&starters, 0..=ready(&events)?)?, &mut samples);
 
     let trace = Trace::start(&starters)?;
     let pod = boot::pod(pods).await?;
-    note("boot.own", &trace.stop(&starters, ready(&pod.events)?)?, &mut samples);
+    note("boot.own", &trace.stop(&starters, 0..=ready(&pod.events)?)?, &mut samples);
 
     let trace = Trace::start(&starters)?;
     let boot = plain::boot(place)?;
-    note("boot.plain", &trace.stop(&starters, boot.seen)?, &mut samples);
+    note("boot.plain", &trace.stop(&starters, 0..=boot.seen)?, &mut samples);
     report.take(samples);
     Ok(())
 }

@@ -89,6 +89,8 @@ enum Part {
     Many,
     /// Operations of disk, network and vsock.
     Io,
+    /// Memory that a guest takes and gives back.
+    Memory,
 }
 
 impl Place {
@@ -109,7 +111,8 @@ fn main() -> Result<()> {
     let spawners = (Spawner::fork()?, Spawner::fork()?, [Spawner::fork()?, Spawner::fork()?]);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let mut report = Report::default();
-    let all = [Part::Plain, Part::Boot, Part::Large, Part::Exits, Part::Cri, Part::Rate, Part::Many, Part::Io];
+    let all =
+        [Part::Plain, Part::Boot, Part::Large, Part::Exits, Part::Cri, Part::Rate, Part::Many, Part::Io, Part::Memory];
     let parts = if parts.is_empty() { all.to_vec() } else { parts };
     fs::create_dir_all(&out)?;
     let tables = runtime.block_on(measure(&place, &parts, spawners, &out, &mut report))?;
@@ -167,6 +170,7 @@ async fn measure(
             Part::Rate => cri::measure_rate(place, report).await?,
             Part::Many => many::measure(place, report, &out.join("pods.svg")).await?,
             Part::Io => tables += &io::measure(place, report).await?,
+            Part::Memory => io::measure_memory(place, report, &out.join("memory.svg")).await?,
         }
     }
     Ok(tables)

@@ -5,10 +5,11 @@ use std::fmt::Write as _;
 use crate::report::Report;
 
 /// A section: its title, how the names of its figures begin, and the picture that it may have.
-const SECTIONS: [(&str, &[&str], Option<&str>); 4] = [
+const SECTIONS: [(&str, &[&str], Option<&str>); 5] = [
     ("Boot", &["boot.", "vmm.", "qemu_microvm.boot."], Some("timeline.svg")),
     ("Calls of the CRI", &["cri.", "daemon."], None),
     ("Many pods", &["runs.", "pods."], Some("pods.svg")),
+    ("Memory", &["memory.", "qemu_microvm.memory.", "host.memory."], Some("memory.svg")),
     ("Disk, network, vsock", &[], None),
 ];
 

@@ -144,7 +144,8 @@ async fn end(child: Child) -> Result<()> {
     child.ended.await.map(drop).context("the spawner ended")
 }
 
-fn listener(path: &Path, kind: SockType) -> Result<OwnedFd> {
+/// A listening socket at `path`.
+pub(crate) fn listener(path: &Path, kind: SockType) -> Result<OwnedFd> {
     let socket = socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC, None)?;
     bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
     listen(&socket, Backlog::new(8)?)?;

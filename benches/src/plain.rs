@@ -22,6 +22,9 @@ const QEMU: &str = "qemu-system-x86_64";
 /// What Debian's QEMU can leave out of its microvm machine.
 const MICROVM: &str = "microvm,x-option-roms=off,pit=off,pic=off,rtc=off,isa-serial=on,auto-kernel-cmdline=off";
 
+/// What our VMM tells any kernel that has a serial port, but for what is its own machine's.
+const OPTIONS: &str = "panic=-1 noreplace-smp console=ttyS0 8250.nr_uarts=1 pty.legacy_count=0";
+
 /// Measures `boot.plain.*`, of it what comes before the guest, and `qemu_microvm.boot.plain.*`.
 pub(crate) async fn measure(place: &Place, report: &mut Report) -> Result<()> {
     let mut samples = Samples::default();
@@ -78,7 +81,7 @@ fn qemu_microvm(place: &Place) -> Result<(u64, u64, f64)> {
     command.args(["-M", MICROVM, "-bios", "qboot.rom", "-accel", "kvm", "-cpu", "host", "-m", "128", "-smp", "1"]);
     command.args(["-nodefaults", "-no-user-config", "-nographic", "-serial", "stdio", "-no-reboot"]);
     command.arg("-kernel").arg(kernel(&place.plain)).arg("-initrd").arg(place.plain.join("initrd.cpio"));
-    command.args(["-append", "console=ttyS0 panic=-1 quiet"]);
+    command.args(["-append", &format!("{OPTIONS} quiet")]);
     let begun = now()?;
     let (mut qemu, seen) = until_line(&mut command)?;
     let exits = kvm::counter(qemu.id(), "exits")?;

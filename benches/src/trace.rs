@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::ops::RangeInclusive;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -39,15 +40,15 @@ impl Trace {
         Ok(Self)
     }
 
-    /// Ends it and counts what was recorded up to the moment `until` by all but `processes`.
-    pub(crate) fn stop(self, processes: &[u32], until: u64) -> Result<Counts> {
+    /// Ends it and counts what was recorded in these moments by all but `processes`.
+    pub(crate) fn stop(self, processes: &[u32], moments: RangeInclusive<u64>) -> Result<Counts> {
         set("tracing_on", "0")?;
         let text = fs::read_to_string(Path::new(TRACEFS).join("trace")).context("reading the trace")?;
         for event in EVENTS {
             set(&format!("events/{event}/enable"), "0")?;
         }
         set("trace", "")?;
-        Ok(Counts::of(&text, processes, until))
+        Ok(Counts::of(&text, processes, &moments))
     }
 }
 
@@ -68,10 +69,10 @@ pub(crate) struct Counts {
 }
 
 impl Counts {
-    fn of(trace: &str, without: &[u32], until: u64) -> Self {
+    fn of(trace: &str, without: &[u32], moments: &RangeInclusive<u64>) -> Self {
         let mut counts = Self::default();
         for record in trace.lines().filter_map(Record::parse) {
-            if record.at_ns <= until && !without.contains(&record.pid) {
+            if moments.contains(&record.at_ns) && !without.contains(&record.pid) {
                 counts.count(&record);
             }
         }
@@ -169,7 +170,7 @@ mod tests {
 
     #[test]
     fn each_record_is_counted_once_up_to_the_moment() {
-        let counts = Counts::of(TRACE, &[700], 20_000_000_000);
+        let counts = Counts::of(TRACE, &[700], &(0..=20_000_000_000));
         assert_eq!(counts.exits, BTreeMap::from([("npf".to_owned(), 2)]));
         assert_eq!(counts.syscalls, BTreeMap::from([(16, 1)]));
         let details: Vec<_> = counts.details.into_iter().map(|(detail, count)| format!("{detail}: {count}")).collect();

@@ -10,13 +10,16 @@
 //! | `burst-send\|burst-receive PORT COUNT` | UDP packets in bursts, each burst answered by one packet |
 //! | `echo PORT COUNT` | one byte to the peer and back, by TCP |
 //! | `vsock-send\|vsock-receive PORT MIB` | as `send` and `receive`, to a peer that dials |
+//! | `memory-take MIB`, `memory-give MIB` | memory, each page of it touched; all that was taken before given up |
 //! | `nothing` | what a job costs that has no work |
 
 mod disk;
 mod guest;
+mod memory;
 mod net;
 
 use std::io::{self, BufRead, Write};
+use std::rc::Rc;
 
 use anyhow::{Context, Result, bail};
 
@@ -25,11 +28,12 @@ fn main() -> Result<()> {
         guest::set_up()?;
     }
     let mut lines = io::stdin().lock().lines();
+    let held = memory::Held::default();
     say("hello")?;
     while let Some(line) = lines.next() {
         let line = line?;
         let words: Vec<&str> = line.split_whitespace().collect();
-        let work = prepare(&words).with_context(|| format!("preparing {line}"))?;
+        let work = prepare(&words, &held).with_context(|| format!("preparing {line}"))?;
         say("ready")?;
         lines.next().context("nobody says when to begin")??;
         work().with_context(|| line.clone())?;
@@ -41,7 +45,8 @@ fn main() -> Result<()> {
 /// What is left of a job when everything is open.
 type Work = Box<dyn FnOnce() -> Result<()>>;
 
-fn prepare(words: &[&str]) -> Result<Work> {
+fn prepare(words: &[&str], held: &memory::Held) -> Result<Work> {
+    let held = Rc::clone(held);
     Ok(match *words {
         ["nothing"] => Box::new(|| Ok(())),
         ["disk", kind, order, bytes, threads, count] => {
@@ -77,6 +82,20 @@ fn prepare(words: &[&str]) -> Result<Work> {
             let (stream, mib) = (net::vsock(port.parse()?)?, mib.parse()?);
             Box::new(move || net::receive(stream, mib))
         }
+        ["memory-take", mib] => {
+            if std::process::id() == 1 {
+                memory::find_devices()?;
+            }
+            let mib = mib.parse()?;
+            Box::new(move || {
+                memory::take(&held, mib);
+                Ok(())
+            })
+        }
+        ["memory-give", _] => Box::new(move || {
+            memory::give(&held);
+            Ok(())
+        }),
         _ => bail!("no such job"),
     })
 }

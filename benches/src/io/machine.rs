@@ -5,20 +5,34 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command as Process, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::socket::SockType;
 use nix::unistd::pipe;
-use vmm_control::{CONFIG_VERSION, Config, Console, Disk, DiskLimits, Extent, Net, SECTOR_BYTES, Vsock};
+use vmm_control::{
+    CONFIG_VERSION, Client, Command, Config, Console, Disk, DiskLimits, Extent, Net, SECTOR_BYTES, Vsock,
+};
 
 use super::jobs::Job;
 use super::peer::{Peer, Way};
 use super::{DISK_BYTES, Kind, tap};
+use crate::minimal::listener;
 use crate::{Place, kvm};
 
-/// Guest memory in MiB.
-const MEMORY_MIB: u32 = 256;
+/// What a guest has.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shape {
+    /// Memory in MiB.
+    pub(super) memory_mib: u32,
+    /// Whether there is a device by which it tells of memory that it does not use.
+    pub(super) gives_back: bool,
+}
+
+/// Longest wait for the VMM's control socket.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// For every guest.
 const COMMAND_LINE: &str = "quiet panic=-1 reboot=t";
@@ -50,17 +64,17 @@ pub(super) struct Machine {
 
 impl Machine {
     /// Starts it; returns when the load is there.
-    pub(super) fn start(place: &Place, kind: Kind, directory: &Path, disk: &Path) -> Result<Self> {
+    pub(super) fn start(place: &Place, kind: Kind, shape: Shape, directory: &Path, disk: &Path) -> Result<Self> {
         let way = match kind {
             Kind::Pericarp => Way::Unix(directory.join("vsock")),
             Kind::Qemu => Way::Cid(QEMU_CID),
             Kind::Host => Way::None,
         };
         let (mut child, input) = match kind {
-            Kind::Pericarp => pericarp(place, directory, disk)?,
-            Kind::Qemu => piped(&mut qemu(place, disk)?)?,
+            Kind::Pericarp => pericarp(place, shape, directory, disk)?,
+            Kind::Qemu => piped(&mut qemu(place, shape, disk)?)?,
             Kind::Host => {
-                let mut command = Command::new(place.plain.join("pericarp-load"));
+                let mut command = Process::new(place.plain.join("pericarp-load"));
                 command.env("LOAD_DISK", disk).env("LOAD_PEER", "127.0.0.1");
                 piped(&mut command)?
             }
@@ -68,7 +82,18 @@ impl Machine {
         let output = BufReader::new(child.stdout.take().context("its output is a pipe")?);
         let mut machine = Self { kind, child, input, output, way };
         machine.expect("hello")?;
+        if kind == Kind::Pericarp && shape.gives_back {
+            // The first such command plugs the device in.
+            Client::connect(&directory.join("control"), PATIENCE)?.ask(&Command::SetMemory { mib: 0 }, &[])?;
+        }
         Ok(machine)
+    }
+
+    /// Memory that its process has, in MiB (`resident` of proc_pid_statm(5)).
+    pub(super) fn resident_mib(&self) -> Result<f64> {
+        let text = fs::read_to_string(format!("/proc/{}/statm", self.child.id()))?;
+        let pages: f64 = text.split(' ').nth(1).context("statm has no second field")?.parse()?;
+        Ok(pages / 256.0)
     }
 
     /// How a peer reaches its vsock.
@@ -127,7 +152,7 @@ impl Machine {
 
 type Started = (Child, Box<dyn Write>);
 
-fn piped(command: &mut Command) -> Result<Started> {
+fn piped(command: &mut Process) -> Result<Started> {
     let program = command.get_program().to_owned();
     let mut child = command
         .stdin(Stdio::piped())
@@ -152,11 +177,11 @@ fn initrd(place: &Place) -> PathBuf {
 
 /// Each device as QEMU has it without another process or kernel part: packets by way of its own loop, no vhost. The vsock it
 /// only has as a part of the kernel.
-fn qemu(place: &Place, disk: &Path) -> Result<Command> {
+fn qemu(place: &Place, shape: Shape, disk: &Path) -> Result<Process> {
     tap::create(QEMUS.tap, &format!("{}/24", QEMUS.host))?;
-    let mut command = Command::new("qemu-system-x86_64");
+    let mut command = Process::new("qemu-system-x86_64");
     command.args(["-M", MICROVM, "-bios", "qboot.rom", "-accel", "kvm", "-cpu", "host", "-smp", "1"]);
-    command.args(["-m", &MEMORY_MIB.to_string()]);
+    command.args(["-m", &shape.memory_mib.to_string()]);
     command.args(["-nodefaults", "-no-user-config", "-nographic", "-serial", "stdio", "-no-reboot"]);
     command.arg("-kernel").arg(kernel(place)).arg("-initrd").arg(initrd(place));
     command.args(["-append", &format!("console=ttyS0 {}", command_line(&QEMUS))]);
@@ -165,11 +190,14 @@ fn qemu(place: &Place, disk: &Path) -> Result<Command> {
     command.args(["-netdev", &format!("tap,id=net,ifname={},script=no,downscript=no,vhost=off", QEMUS.tap)]);
     command.args(["-device", "virtio-net-pci,netdev=net,romfile="]);
     command.args(["-device", &format!("vhost-vsock-pci,guest-cid={QEMU_CID}")]);
+    if shape.gives_back {
+        command.args(["-device", "virtio-balloon-pci,free-page-reporting=on"]);
+    }
     Ok(command)
 }
 
 /// Our VMM behind its filter of system calls, with the devices of a pod.
-fn pericarp(place: &Place, directory: &Path, disk: &Path) -> Result<Started> {
+fn pericarp(place: &Place, shape: Shape, directory: &Path, disk: &Path) -> Result<Started> {
     tap::create(OURS.tap, &format!("{}/24", OURS.host))?;
     let mut given = Given::default();
     let (typed, input) = pipe()?;
@@ -188,7 +216,7 @@ fn pericarp(place: &Place, directory: &Path, disk: &Path) -> Result<Started> {
         initrd: Some(given.give(File::open(initrd(place))?)?),
         cmdline: command_line(&OURS),
         vcpus: 1,
-        memory_mib: MEMORY_MIB,
+        memory_mib: shape.memory_mib,
         room_mib: 0,
         console: Console::Serial { input: Some(given.give(typed)?) },
         disks: vec![Disk {
@@ -199,13 +227,17 @@ fn pericarp(place: &Place, directory: &Path, disk: &Path) -> Result<Started> {
         }],
         nets: vec![Net { taps: vec![given.give(tap::open(OURS.tap)?)?], mac: [2, 0, 0, 0, 0, 1] }],
         vsock: Some(Vsock { listener: given.give(UnixListener::bind(directory.join("vsock"))?)? }),
-        control: None,
+        control: if shape.gives_back {
+            Some(given.give(listener(&directory.join("control"), SockType::SeqPacket)?)?)
+        } else {
+            None
+        },
         events: None,
     };
     let document = directory.join("config");
     fs::write(&document, serde_json::to_vec(&config)?)?;
     let vmm = place.library("pericarp-vmm");
-    let started = Command::new(&vmm).stdin(File::open(&document)?).stdout(Stdio::piped()).spawn();
+    let started = Process::new(&vmm).stdin(File::open(&document)?).stdout(Stdio::piped()).spawn();
     drop(given);
     Ok((started.with_context(|| format!("starting {}", vmm.display()))?, Box::new(File::from(input))))
 }

@@ -27,7 +27,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::buffers::{Buffers, gather};
 use super::counters::counters;
-use super::device::{Active, ActiveQueue, Backend, DeviceConfig, DeviceError, DeviceInfo, SHARED_VECTORS};
+use super::device::{Active, ActiveQueue, Backend, DeviceConfig, DeviceError, DeviceInfo, Vectors};
 use super::poller::{Poller, Wait};
 
 /// Entries of each queue: Linux reports 32 runs of pages at a time.
@@ -73,7 +73,7 @@ pub fn device() -> (DeviceInfo, Balloon, Arc<Counters>) {
         class: [0x05, 0x00, 0x00],
         features: REPORTING | 1 << VIRTIO_RING_F_INDIRECT_DESC,
         queue_sizes: vec![QUEUE_SIZE; QUEUES],
-        vectors: SHARED_VECTORS,
+        vectors: Vectors::Shared,
         config: DeviceConfig::Fixed(vec![0; CONFIG_BYTES]),
     };
     (info, Balloon { counters: Arc::clone(&counters) }, counters)

@@ -17,9 +17,15 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::poller::{Poller, Wait};
 
-/// One vector for the configuration and one for all queues, which suits a device whose queues one CPU at a time has answers of:
-/// every vector costs the guest a dozen exits to set up.
-pub const SHARED_VECTORS: u16 = 2;
+/// The MSI-X vectors of a device beside the one for its configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Vectors {
+    /// One for all queues, which suits a device whose queues one CPU at a time has answers of: every vector costs the guest a dozen
+    /// exits to set up.
+    Shared,
+    /// One for each queue, so that each CPU is interrupted by its own.
+    EachQueue,
+}
 
 /// What the guest can read of a device.
 #[derive(Clone, Debug)]
@@ -34,10 +40,21 @@ pub struct DeviceInfo {
     pub features: u64,
     /// Largest size of each queue.
     pub queue_sizes: Vec<u16>,
-    /// MSI-X vectors, of which the configuration has one: [`SHARED_VECTORS`], or one more than there are queues.
-    pub vectors: u16,
+    /// Its MSI-X vectors.
+    pub vectors: Vectors,
     /// The device-specific configuration; read-only.
     pub config: DeviceConfig,
+}
+
+impl DeviceInfo {
+    /// How many MSI-X vectors it has in all.
+    pub fn vector_count(&self) -> u16 {
+        let queues = match self.vectors {
+            Vectors::Shared => 1,
+            Vectors::EachQueue => self.queue_sizes.len(),
+        };
+        u16::try_from(queues).unwrap_or(u16::MAX).saturating_add(1)
+    }
 }
 
 /// The device-specific configuration.

@@ -131,14 +131,15 @@ impl VirtioPci {
         notifier: Notifier,
     ) -> Result<Self, TransportError> {
         let (config, msix_control) = config_space(&info, place);
+        let vectors = info.vector_count();
         Ok(Self {
             slot: place.slot,
             config,
-            registers: Registers::new(info.features, &info.queue_sizes, info.vectors),
+            registers: Registers::new(info.features, &info.queue_sizes, vectors),
             device_config: info.config,
-            msix: Msix::new(info.vectors),
+            msix: Msix::new(vectors),
             msix_control,
-            first_gsi: irqs.allot(u32::from(info.vectors)),
+            first_gsi: irqs.allot(vectors.into()),
             wires: None,
             worker: Worker::spawn(place.slot, &info.name, backend, notifier.clone())?,
             resetting: false,
@@ -391,7 +392,7 @@ fn config_space(info: &DeviceInfo, place: Place) -> (ConfigSpace, usize) {
     let doorbells = NOTIFY_MULTIPLIER.saturating_mul(length(info.queue_sizes.len()));
     let notify = structure(NOTIFY_CFG, DOORBELL_BAR, NOTIFY, doorbells, Some(NOTIFY_MULTIPLIER));
     config.add_capability(CAPABILITY_VENDOR, &notify);
-    let mut body = info.vectors.saturating_sub(1).to_le_bytes().to_vec();
+    let mut body = info.vector_count().saturating_sub(1).to_le_bytes().to_vec();
     body.extend((MSIX_TABLE | u32::from(REGISTER_BAR)).to_le_bytes());
     body.extend((MSIX_PENDING | u32::from(REGISTER_BAR)).to_le_bytes());
     let control = config.add_capability(CAPABILITY_MSIX, &body).saturating_add(2);

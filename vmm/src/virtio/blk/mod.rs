@@ -47,7 +47,7 @@ use self::limit::Limit;
 use self::request::RANGES;
 use self::service::Service;
 use super::counters::{Snapshot, counters};
-use super::device::{Active, Backend, DeviceConfig, DeviceError, DeviceInfo, SHARED_VECTORS};
+use super::device::{Active, Backend, DeviceConfig, DeviceError, DeviceInfo, Vectors};
 use super::inbox::{AskError, Asker, Inbox};
 use super::poller::{Poller, Wait};
 use crate::config::DiskSetup;
@@ -154,10 +154,8 @@ fn info(name: String, capacity: u64, queues: u8) -> DeviceInfo {
         VIRTIO_BLK_F_WRITE_ZEROES,
         VIRTIO_RING_F_INDIRECT_DESC,
     ];
-    let mut vectors = SHARED_VECTORS;
     if queues > 1 {
         features.push(VIRTIO_BLK_F_MQ);
-        vectors = u16::from(queues).saturating_add(1);
     }
     DeviceInfo {
         name,
@@ -166,7 +164,7 @@ fn info(name: String, capacity: u64, queues: u8) -> DeviceInfo {
         class: [0x01, 0x80, 0x00],
         features: features.iter().fold(0, |bits, bit| bits | 1 << bit),
         queue_sizes: vec![QUEUE_SIZE; usize::from(queues)],
-        vectors,
+        vectors: if queues > 1 { Vectors::EachQueue } else { Vectors::Shared },
         config: DeviceConfig::Fixed(config(capacity, queues)),
     }
 }

@@ -190,7 +190,7 @@ fn a_disk_without_a_ring_waits_for_the_host() {
 fn each_queue_has_its_own_answers_and_its_turn() {
     let setup = DiskSetup { queues: 3, ..setup(POD_DISK_BYTES, vec![(extent(0, 128, true), file(64 << 10))]) };
     let (info, backend, handle) = device("disk0".into(), setup, None).unwrap();
-    assert_eq!((info.queue_sizes.len(), info.vectors), (3, 4));
+    assert_eq!((info.queue_sizes.len(), info.vector_count()), (3, 4));
     assert_eq!(info.config.bytes()[34..36], [3, 0]);
     let guest = Guest::new();
     let (mut drivers, mut active): (Vec<_>, Vec<_>) = (0..3).map(|_| guest.queue(64)).unzip();

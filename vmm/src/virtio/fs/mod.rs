@@ -34,7 +34,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::relay::Relay;
 use super::counters::counters;
-use super::device::{Active, Backend, DeviceConfig, DeviceError, DeviceInfo, SHARED_VECTORS};
+use super::device::{Active, Backend, DeviceConfig, DeviceError, DeviceInfo, Vectors};
 use crate::complain;
 
 /// Longest tag in bytes (virtio 1.2 §5.11.4).
@@ -84,7 +84,7 @@ pub fn device(name: String, tag: &str, server: OwnedFd) -> Result<(DeviceInfo, F
         class: [0x01, 0x80, 0x00],
         features: 1 << VIRTIO_RING_F_INDIRECT_DESC,
         queue_sizes: QUEUE_SIZES.to_vec(),
-        vectors: SHARED_VECTORS,
+        vectors: Vectors::Shared,
         config: DeviceConfig::Fixed(config),
     };
     Ok((info, Fs { server: Some(server), next_id: 0, counters: Arc::clone(&counters) }, counters))

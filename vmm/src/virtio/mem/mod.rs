@@ -33,7 +33,7 @@ use vmm_sys_util::eventfd::EventFd;
 use self::region::{REQUEST_BYTES, RESPONSE_BYTES, Region};
 use super::buffers::{Buffers, gather};
 use super::counters::{Snapshot, counters};
-use super::device::{Active, ActiveQueue, Backend, DeviceConfig, DeviceError, DeviceInfo, LiveConfig, SHARED_VECTORS};
+use super::device::{Active, ActiveQueue, Backend, DeviceConfig, DeviceError, DeviceInfo, LiveConfig, Vectors};
 use super::inbox::{AskError, Asker, Inbox};
 use super::poller::{Poller, Wait};
 pub use region::Backing;
@@ -134,7 +134,7 @@ pub fn device(
         class: [0x05, 0x00, 0x00],
         features: UNPLUGGED_INACCESSIBLE,
         queue_sizes: vec![QUEUE_SIZE],
-        vectors: SHARED_VECTORS,
+        vectors: Vectors::Shared,
         config: DeviceConfig::Live(config.clone()),
     };
     Ok((info, Mem { region, backing, config, inbox, settled: Box::new(settled), counters }, handle))

@@ -42,7 +42,7 @@ use self::control::{Change, Control};
 use self::pair::Pair;
 pub use self::tap::TapError;
 use super::counters::counters;
-use super::device::{Active, ActiveQueue, Backend, DeviceConfig, DeviceError, DeviceInfo, SHARED_VECTORS};
+use super::device::{Active, ActiveQueue, Backend, DeviceConfig, DeviceError, DeviceInfo, Vectors};
 
 /// Bytes of `struct virtio_net_hdr_v1`.
 const HEADER_BYTES: usize = 12;
@@ -123,13 +123,11 @@ fn info(name: String, pairs: usize, mac: [u8; 6]) -> DeviceInfo {
     let mut queue_sizes = vec![QUEUE_SIZE; pairs.saturating_mul(PAIR)];
     // `struct virtio_net_config` (virtio 1.2 §5.1.4), as far as what is offered needs it.
     let mut config = mac.to_vec();
-    let mut vectors = SHARED_VECTORS;
     if pairs > 1 {
         features.extend([VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ]);
         queue_sizes.push(CONTROL_SIZE);
         config.extend([0; 2]); // status, not offered
         config.extend(u16::try_from(pairs).unwrap_or(u16::MAX).to_le_bytes());
-        vectors = u16::try_from(queue_sizes.len()).unwrap_or(u16::MAX).saturating_add(1);
     }
     DeviceInfo {
         name,
@@ -138,7 +136,7 @@ fn info(name: String, pairs: usize, mac: [u8; 6]) -> DeviceInfo {
         class: [0x02, 0x00, 0x00],
         features: features.iter().fold(0, |bits, bit| bits | 1 << bit),
         queue_sizes,
-        vectors,
+        vectors: if pairs > 1 { Vectors::EachQueue } else { Vectors::Shared },
         config: DeviceConfig::Fixed(config),
     }
 }

@@ -45,7 +45,7 @@ use self::session::Session;
 pub use self::sink::SinkError;
 use self::sink::Sinks;
 use super::counters::{Snapshot, counters};
-use super::device::{Active, Backend, DeviceConfig, DeviceError, DeviceInfo, SHARED_VECTORS};
+use super::device::{Active, Backend, DeviceConfig, DeviceError, DeviceInfo, Vectors};
 use super::inbox::{AskError, Asker, Inbox};
 use super::poller::{Poller, Wait};
 
@@ -136,7 +136,7 @@ pub fn device(listener: UnixListener, ready: impl FnMut() + Send + 'static) -> i
         // Without any feature bit the device does streams alone (virtio 1.2 §5.10.3).
         features: 0,
         queue_sizes: QUEUE_SIZES.to_vec(),
-        vectors: SHARED_VECTORS,
+        vectors: Vectors::Shared,
         config: DeviceConfig::Fixed(GUEST_CID.to_le_bytes().to_vec()),
     };
     let vsock =
