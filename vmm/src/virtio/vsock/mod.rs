@@ -24,6 +24,7 @@ mod handshake;
 mod packet;
 mod session;
 mod sink;
+mod table;
 #[cfg(test)]
 mod tests;
 

@@ -4,7 +4,6 @@
 //! the guest has taken answers (virtio 1.2 §5.10.6.2). Connections that have something for the guest stand in line
 //! and say one packet each in turn, or one burst of a stream.
 
-use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::mem;
 use std::time::{Duration, Instant};
@@ -17,10 +16,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::burst::Burst;
 use super::connection::{Connection, Endpoint, Phase, Produced};
-use super::credit::BUFFER_BYTES;
 use super::handshake::{Handshake, Progress};
 use super::packet::{BadHeader, HEADER_BYTES, Header, Op, PORT_ANY, Ports};
-use super::{CONNECTIONS, FIRST_CLIENT_PORT, Question, Vsock};
+use super::table::Table;
+use super::{Question, Vsock};
 use crate::virtio::buffers::{Buffers, gather};
 use crate::virtio::device::{Active, ActiveQueue, DeviceError};
 use crate::virtio::poller::{Poller, Wait};
@@ -30,10 +29,6 @@ const RESETS: usize = 256;
 
 /// Most packets from the guest, bursts for it, or clients accepted, before everything else has its turn.
 const BATCH: usize = 64;
-
-/// So many connections are promised a whole buffer, and those that come while there are as many a quarter of one: all together
-/// make the VMM hold 81 MiB at most.
-const WIDE_CONNECTIONS: usize = 64;
 
 /// Pause before clients are accepted again after the host ran out of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -71,35 +66,6 @@ pub(super) struct Session<'a> {
     tx_pending: bool,
     /// The guest has no room for packets, and will say when it has.
     rx_starved: bool,
-}
-
-/// Connections and who of them waits for what.
-struct Table {
-    connections: BTreeMap<Ports, Connection>,
-    /// Clients that have not named their port yet, by their host port, which is theirs alone for a very long time.
-    handshakes: BTreeMap<u32, Handshake>,
-    /// Connections that have something for the guest, each once.
-    line: VecDeque<Ports>,
-    /// Resets for connections that are not there any more or never were.
-    resets: VecDeque<Ports>,
-    deadlines: Deadlines,
-    last_port: u32,
-}
-
-/// When the other side must have done its part. In order, as every deadline is `patience` after it was set; some have
-/// become void since.
-struct Deadlines {
-    patience: Duration,
-    waiting: VecDeque<(Instant, Ports)>,
-}
-
-impl Deadlines {
-    fn set(&mut self, ports: Ports) -> Instant {
-        let now = Instant::now();
-        let at = now.checked_add(self.patience).unwrap_or(now);
-        self.waiting.push_back((at, ports));
-        at
-    }
 }
 
 fn token(ports: Ports) -> u64 {
@@ -520,58 +486,5 @@ impl<'a> Session<'a> {
             }
         }
         Ok(())
-    }
-}
-
-impl Table {
-    fn new(patience: Duration) -> Self {
-        Self {
-            connections: BTreeMap::new(),
-            handshakes: BTreeMap::new(),
-            line: VecDeque::new(),
-            resets: VecDeque::new(),
-            deadlines: Deadlines { patience, waiting: VecDeque::new() },
-            last_port: 0,
-        }
-    }
-
-    fn has_room(&self) -> bool {
-        self.connections.len().saturating_add(self.handshakes.len()) < CONNECTIONS
-    }
-
-    /// The buffer that the guest is promised for one more connection.
-    fn promise(&self) -> u32 {
-        if self.connections.len() < WIDE_CONNECTIONS { BUFFER_BYTES } else { BUFFER_BYTES / 4 }
-    }
-
-    fn has_packets(&self) -> bool {
-        !self.line.is_empty() || !self.resets.is_empty()
-    }
-
-    /// Whether who is next is likely to fill more than one chain.
-    fn is_flowing(&self) -> bool {
-        let first = self.line.front().and_then(|ports| self.connections.get(ports));
-        self.resets.is_empty() && first.is_some_and(Connection::is_flowing)
-    }
-
-    /// A host port that no client has.
-    fn new_port(&mut self) -> u32 {
-        loop {
-            let next = self.last_port.wrapping_add(1);
-            self.last_port = if (FIRST_CLIENT_PORT..PORT_ANY).contains(&next) { next } else { FIRST_CLIENT_PORT };
-            let port = self.last_port;
-            let taken = self.connections.keys().any(|ports| ports.host == port) || self.handshakes.contains_key(&port);
-            if !taken {
-                return port;
-            }
-        }
-    }
-
-    /// Resets every connection of a sink.
-    fn reset_all(&mut self, host: u32) {
-        for (ports, _) in self.connections.extract_if(.., |ports, _| ports.host == host) {
-            self.line.retain(|waiting| *waiting != ports);
-            self.resets.push_back(ports);
-        }
     }
 }
