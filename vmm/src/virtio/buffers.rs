@@ -20,7 +20,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 
-use libc::{c_int, iovec, off_t};
+use libc::{c_int, c_void, iovec, off_t};
 use virtio_queue::DescriptorChain;
 use vm_memory::guest_memory::Permissions;
 use vm_memory::{ByteValued, GuestAddress, GuestMemory, GuestMemoryMmap, VolatileSlice};
@@ -100,24 +100,32 @@ impl<'m> Buffers<'m> {
                 return Err(DeviceError::Driver("a descriptor chain has too many buffers"));
             }
             let base = slice.ptr_guard_mut().as_ptr();
-            self.parts.push(iovec { iov_base: base.cast(), iov_len: slice.len() });
-            self.len = self.len.saturating_add(slice.len());
+            self.add(base.cast(), slice.len());
         }
         Ok(())
     }
 
-    /// Adds the pieces that make up `range` of others; `false`, and nothing is added, if they would be too many for one
-    /// system call.
-    pub fn append(&mut self, other: &Self, range: Range<usize>) -> bool {
-        let before = self.parts.len();
-        self.parts.extend(other.pieces(range));
-        if self.parts.len() > PARTS {
-            self.parts.truncate(before);
+    /// Adds the first `at` bytes to `front` and the rest to `back`; `false`, and nothing is added, if `back` would have too many
+    /// pieces for one system call.
+    pub fn split(&self, at: usize, front: &mut Self, back: &mut Self) -> bool {
+        if back.parts.len().saturating_add(self.parts.len()) > PARTS {
             return false;
         }
-        let added = self.parts.iter().skip(before).map(|part| part.iov_len);
-        self.len = added.fold(self.len, usize::saturating_add);
+        let mut rest = at;
+        for part in &self.parts {
+            let len = part.iov_len.min(rest);
+            rest = rest.saturating_sub(len);
+            front.add(part.iov_base, len);
+            back.add(part.iov_base.wrapping_byte_add(len), part.iov_len.saturating_sub(len));
+        }
         true
+    }
+
+    fn add(&mut self, base: *mut c_void, len: usize) {
+        if len > 0 {
+            self.parts.push(iovec { iov_base: base, iov_len: len });
+            self.len = self.len.saturating_add(len);
+        }
     }
 
     /// The pieces that make up `range`, cut to it; what lies past the end is left out.
@@ -317,6 +325,29 @@ mod tests {
         let chain = active.pop(&guest.memory)?.expect("a chain was posted");
         gather(chain, &mut readable, &mut writable)?;
         Ok((readable, writable))
+    }
+
+    #[test]
+    fn a_run_is_split_anywhere() {
+        let guest = Guest::new();
+        guest.write(0x10_0000, b"abc");
+        guest.write(0x20_0000, b"def");
+        let (whole, _) = load(&guest, &[Part::readable(0x10_0000, 3), Part::readable(0x20_0000, 3)]).unwrap();
+        for at in 0..=7 {
+            let (mut front, mut back) = (Buffers::empty(&guest.memory), Buffers::empty(&guest.memory));
+            assert!(whole.split(at, &mut front, &mut back));
+            let (mut first, mut rest) = (vec![0; at.min(6)], vec![0; 6_usize.saturating_sub(at)]);
+            assert!(front.read_at(0, &mut first) && back.read_at(0, &mut rest));
+            assert_eq!((front.len(), back.len()), (first.len(), rest.len()));
+            assert_eq!([first, rest].concat(), b"abcdef");
+        }
+        let (many, _) = load(&guest, &[Part::readable(0x10_0000, 1); 60]).unwrap();
+        let (mut front, mut back) = (Buffers::empty(&guest.memory), Buffers::empty(&guest.memory));
+        for _ in 0..PARTS / 60 {
+            assert!(many.split(0, &mut front, &mut back));
+        }
+        assert!(!many.split(0, &mut front, &mut back), "one system call takes no more");
+        assert_eq!(back.len(), PARTS / 60 * 60);
     }
 
     #[test]

@@ -80,10 +80,9 @@ impl<'m> Burst<'m> {
         if !self.readable.is_empty() || room == 0 {
             return Err(DeviceError::Driver("a vsock receive buffer has no room for a packet"));
         }
-        if !self.payload.append(&self.chain, HEADER_BYTES..self.chain.len()) {
+        if !self.chain.split(HEADER_BYTES, &mut self.headers, &mut self.payload) {
             return Ok(false);
         }
-        self.headers.append(&self.chain, 0..HEADER_BYTES);
         self.chains.push((head, room));
         Ok(true)
     }
