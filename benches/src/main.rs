@@ -1,4 +1,5 @@
-//! Counted benchmarks: run inside the lab by `benches/run`, each figure in millions of instructions, exits or KiB.
+//! Counted benchmarks: run inside the lab by `benches/run`, each figure in millions of instructions, exits or KiB; on a host that
+//! has KVM itself in milliseconds instead.
 //!
 //! The lab's clock counts executed instructions, one a nanosecond, so a difference of `CLOCK_MONOTONIC` is a count of
 //! instructions: lab kernel, VMM and guest together. It changes nothing outside the directory it is given, its cgroup
@@ -28,7 +29,7 @@ use clap::{Parser, ValueEnum};
 use cri_shim::spawner::Spawner;
 
 use crate::minimal::Minimal;
-use crate::report::Report;
+use crate::report::{Clock, Report};
 
 /// Measures, and prints the report.
 #[derive(Debug, Parser)]
@@ -41,6 +42,9 @@ struct Arguments {
     /// An earlier report.json to compare with: what is worse goes to worse.txt beside the report.
     #[arg(long)]
     baseline: Option<PathBuf>,
+    /// The clock is one of time, and does not count instructions.
+    #[arg(long)]
+    wall_clock: bool,
     /// What to measure; everything if none is named.
     parts: Vec<Part>,
 }
@@ -106,11 +110,11 @@ impl Place {
 }
 
 fn main() -> Result<()> {
-    let Arguments { place, out, baseline, parts } = Arguments::parse();
+    let Arguments { place, out, baseline, wall_clock, parts } = Arguments::parse();
     // Before there is a second thread.
     let spawners = (Spawner::fork()?, Spawner::fork()?, [Spawner::fork()?, Spawner::fork()?]);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let mut report = Report::default();
+    let mut report = Report::new(if wall_clock { Clock::Wall } else { Clock::Counted });
     let all =
         [Part::Plain, Part::Boot, Part::Large, Part::Exits, Part::Cri, Part::Rate, Part::Many, Part::Io, Part::Memory];
     let parts = if parts.is_empty() { all.to_vec() } else { parts };

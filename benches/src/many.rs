@@ -53,7 +53,7 @@ pub(crate) async fn measure(place: &Place, report: &mut Report, picture: &Path) 
     }
     samples.add(format!("pods.{PODS}.daemon_pss_kib"), daemon_kib?);
     report.take(samples);
-    draw(&came, picture).map_err(|error| anyhow::anyhow!("drawing the pods: {error}"))?;
+    draw(&came, report.clock.million(), picture).map_err(|error| anyhow::anyhow!("drawing the pods: {error}"))?;
     daemon.end()
 }
 
@@ -83,15 +83,11 @@ fn available_mib() -> Result<f64> {
     Ok(kib / 1024.0)
 }
 
-fn draw(came: &[Came], path: &Path) -> Result<(), Box<dyn std::error::Error>> {
+fn draw(came: &[Came], unit: &str, path: &Path) -> Result<(), Box<dyn std::error::Error>> {
     let area = SVGBackend::new(path, SIZE).into_drawing_area();
     area.fill(&WHITE)?;
     let (above, below) = area.split_vertically(SIZE.1 / 2);
-    chart(
-        &above,
-        "RunPodSandbox, in millions of instructions, by the pods before it",
-        came.iter().map(|pod| pod.minstr),
-    )?;
+    chart(&above, &format!("RunPodSandbox, in {unit}, by the pods before it"), came.iter().map(|pod| pod.minstr))?;
     chart(&below, "Memory of the host in use, in MiB, by pods", came.iter().map(|pod| pod.taken_mib))?;
     Ok(area.present()?)
 }

@@ -20,6 +20,43 @@ fn most(name: &str, before: f64) -> Option<f64> {
     }
 }
 
+/// What the machine's clock counts, by which everything is measured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Clock {
+    /// An instruction each nanosecond: the counted lab.
+    #[default]
+    Counted,
+    /// Time, on a host that has KVM itself.
+    Wall,
+}
+
+impl Clock {
+    /// The name under which a figure is shown: what is a million instructions there is a millisecond here.
+    fn name(self, name: &str) -> String {
+        match (self, name.rsplit_once('.')) {
+            (Self::Wall, Some((figure, "minstr"))) => format!("{figure}.ms"),
+            (Self::Wall, Some((figure, "kinstr"))) => format!("{figure}.us"),
+            _ => name.to_owned(),
+        }
+    }
+
+    /// Unit of what is measured in millions of instructions.
+    pub(crate) fn million(self) -> &'static str {
+        match self {
+            Self::Counted => "M instructions",
+            Self::Wall => "ms",
+        }
+    }
+
+    /// Unit of what is measured in thousands of instructions.
+    pub(crate) fn thousand(self) -> &'static str {
+        match self {
+            Self::Counted => "k instructions",
+            Self::Wall => "µs",
+        }
+    }
+}
+
 /// Repeated measurements under their names.
 #[derive(Debug, Default)]
 pub(crate) struct Samples(BTreeMap<String, Vec<f64>>);
@@ -48,9 +85,18 @@ struct Figure {
 
 /// Name → figure; a name's meaning never changes.
 #[derive(Debug, Default)]
-pub(crate) struct Report(BTreeMap<String, Figure>);
+pub(crate) struct Report {
+    /// What is counted.
+    pub(crate) clock: Clock,
+    figures: BTreeMap<String, Figure>,
+}
 
 impl Report {
+    /// No figure yet.
+    pub(crate) fn new(clock: Clock) -> Self {
+        Self { clock, ..Self::default() }
+    }
+
     /// Notes the medians.
     pub(crate) fn take(&mut self, samples: Samples) {
         for (name, mut values) in samples.0 {
@@ -58,18 +104,18 @@ impl Report {
             let (Some(least), Some(most)) = (values.first(), values.last()) else { continue };
             let Some(&median) = values.get(values.len() / 2) else { continue };
             let spread = if median == 0.0 { 0.0 } else { 100.0 * (most - least) / median };
-            self.0.insert(name, Figure { median, spread });
+            self.figures.insert(name, Figure { median, spread });
         }
     }
 
     /// A figure's median.
     pub(crate) fn get(&self, name: &str) -> Option<f64> {
-        self.0.get(name).map(|figure| figure.median)
+        self.figures.get(name).map(|figure| figure.median)
     }
 
-    /// Each figure's name, median, and spread in percent.
-    pub(crate) fn figures(&self) -> impl Iterator<Item = (&str, f64, f64)> {
-        self.0.iter().map(|(name, figure)| (name.as_str(), figure.median, figure.spread))
+    /// Each figure's name as it is shown, median, and spread in percent.
+    pub(crate) fn figures(&self) -> impl Iterator<Item = (String, f64, f64)> {
+        self.figures.iter().map(|(name, figure)| (self.clock.name(name), figure.median, figure.spread))
     }
 
     /// Reads what [`Report::write`] wrote.
@@ -77,7 +123,10 @@ impl Report {
         let text = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
         let medians: BTreeMap<String, f64> = serde_json::from_str(&text)?;
         let figure = |median| Figure { median, spread: 0.0 };
-        Ok(Self(medians.into_iter().map(|(name, median)| (name, figure(median))).collect()))
+        Ok(Self {
+            figures: medians.into_iter().map(|(name, median)| (name, figure(median))).collect(),
+            ..Self::default()
+        })
     }
 
     /// One line for each figure that is worse than `baseline` allows; figures that only one of them has do not count.
@@ -87,14 +136,14 @@ impl Report {
             let most = most(name, before)?;
             (now.median > most).then(|| format!("{name}: {:.2}, was {before:.2}, allowed {most:.2}", now.median))
         };
-        self.0.iter().filter_map(worse).collect()
+        self.figures.iter().filter_map(worse).collect()
     }
 
     /// The table.
     pub(crate) fn print(&self) {
-        let width = self.0.keys().map(String::len).max().unwrap_or(0);
+        let width = self.figures.keys().map(String::len).max().unwrap_or(0);
         println!("{:width$}  {:>12}  {:>8}", "figure", "median", "spread");
-        for (name, Figure { median, spread }) in &self.0 {
+        for (name, median, spread) in self.figures() {
             println!("{name:width$}  {median:>12.2}  {spread:>6.2} %");
         }
     }
@@ -102,7 +151,7 @@ impl Report {
     /// Writes the JSON: medians, to three decimals.
     pub(crate) fn write(&self, path: &Path) -> Result<()> {
         let rounded: BTreeMap<_, _> =
-            self.0.iter().map(|(name, figure)| (name, (figure.median * 1e3).round() / 1e3)).collect();
+            self.figures().map(|(name, median, _)| (name, (median * 1e3).round() / 1e3)).collect();
         fs::write(path, serde_json::to_string_pretty(&rounded)?).with_context(|| format!("writing {}", path.display()))
     }
 }
@@ -150,6 +199,15 @@ mod tests {
     }
 
     #[test]
+    fn time_is_not_called_instructions() {
+        let mut report = report(&[("boot.a.minstr", 1.0), ("blk.a.kinstr", 2.0), ("boot.a.exits", 3.0)]);
+        report.clock = Clock::Wall;
+        let shown: Vec<_> = report.figures().map(|(name, median, _)| (name, median)).collect();
+        assert_eq!(shown, [("blk.a.us".into(), 2.0), ("boot.a.exits".into(), 3.0), ("boot.a.ms".to_owned(), 1.0)]);
+        assert_eq!(report.get("boot.a.minstr"), Some(1.0));
+    }
+
+    #[test]
     fn the_median_of_an_odd_count_is_the_middle_one() {
         let mut samples = Samples::default();
         for value in [12.0, 8.0, 10.0] {
@@ -157,6 +215,6 @@ mod tests {
         }
         let mut report = Report::default();
         report.take(samples);
-        assert_eq!(report.0["x"], Figure { median: 10.0, spread: 40.0 });
+        assert_eq!(report.figures["x"], Figure { median: 10.0, spread: 40.0 });
     }
 }

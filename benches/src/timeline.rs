@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use plotters::prelude::*;
 
-use crate::report::Report;
+use crate::report::{Clock, Report};
 
 /// Boots in the order in which they are shown, and the phases of each in order of time.
 const BOOTS: [&str; 5] = ["boot.plain", "boot.min", "boot.own", "boot.2vcpu", "boot.4vcpu"];
@@ -48,12 +48,14 @@ pub(crate) fn text(report: &Report) -> String {
     let rows = rows(report);
     let scale = BAR / longest(&rows).max(f64::MIN_POSITIVE);
     let mut text = String::new();
+    let unit = if report.clock == Clock::Counted { "M" } else { "ms" };
     for (boot, phases) in &rows {
         let mut before = 0.0;
         for (phase, _, minstr) in phases {
             let (gap, bar) = ((before * scale).round() as usize, (minstr * scale).round().max(1.0) as usize);
             // Writing to a string does not fail.
-            let _ = writeln!(text, "{boot:<11} {phase:<7} {minstr:>7.2} M  {}{}", " ".repeat(gap), "#".repeat(bar));
+            let _ =
+                writeln!(text, "{boot:<11} {phase:<7} {minstr:>7.2} {unit}  {}{}", " ".repeat(gap), "#".repeat(bar));
             before += minstr;
         }
     }
@@ -66,11 +68,12 @@ pub(crate) fn draw(report: &Report, path: &Path) -> Result<()> {
     if rows.is_empty() {
         return Ok(());
     }
-    let svg = render(&rows).map_err(|error| anyhow::anyhow!("drawing the timeline: {error}"))?;
+    let svg =
+        render(&rows, report.clock.million()).map_err(|error| anyhow::anyhow!("drawing the timeline: {error}"))?;
     fs::write(path, svg).with_context(|| format!("writing {}", path.display()))
 }
 
-fn render(rows: &[Row]) -> Result<String, Box<dyn std::error::Error>> {
+fn render(rows: &[Row], unit: &str) -> Result<String, Box<dyn std::error::Error>> {
     let count = u32::try_from(rows.len())?;
     let mut svg = String::new();
     {
@@ -78,7 +81,7 @@ fn render(rows: &[Row]) -> Result<String, Box<dyn std::error::Error>> {
         area.fill(&WHITE)?;
         let mut chart = ChartBuilder::on(&area)
             .margin(12)
-            .caption("From the decision to spawn to ready, in millions of instructions", ("sans-serif", 16))
+            .caption(format!("From the decision to spawn to ready, in {unit}"), ("sans-serif", 16))
             .x_label_area_size(24)
             .build_cartesian_2d(0.0..longest(rows) * 1.02, 0.0..f64::from(count))?;
         chart.configure_mesh().disable_y_mesh().disable_y_axis().draw()?;
@@ -124,7 +127,7 @@ mod tests {
 
     #[test]
     fn the_picture_names_each_phase() {
-        let svg = render(&rows(&report())).unwrap();
+        let svg = render(&rows(&report()), "M instructions").unwrap();
         assert!(svg.starts_with("<svg") && svg.contains("kernel 30.0"), "{svg}");
     }
 }

@@ -148,7 +148,7 @@ fn boot(setup: Setup, events: &mut Events) -> Result<i32, StartError> {
 ///
 /// The console is the ring, or the serial port of a machine that has one. The kernel of such a machine is anybody's: it is told
 /// that there is one port, and to make none of BSD's 512 terminals, which nobody has used for twenty years and which a
-/// small kernel spends a sixth of its boot on.
+/// small kernel spends a quarter of its boot on.
 ///
 /// An agent brings up the CPUs beyond the first when it is ready, and is unpacked into a file system that can take the
 /// initrd's pages as they are. Memory that is plugged is used at once; three parts in four of it at most for what can be

@@ -147,9 +147,10 @@ fn own_exits(prefix: &str, machine: &mut Machine, job: &Job) -> Result<f64> {
 
 /// The figures side by side, in Markdown.
 fn table(report: &Report) -> Result<String> {
-    let mut text = String::from(
-        "| operation | k instructions | QEMU | ratio | host | ratio | exits | QEMU | ratio | but the lab's own | QEMU | ratio |\n\
+    let mut text = format!(
+        "| operation | {} | QEMU | ratio | host | ratio | exits | QEMU | ratio | but the lab's own | QEMU | ratio |\n\
          |---|---|---|---|---|---|---|---|---|---|---|---|\n",
+        report.clock.thousand()
     );
     for job in &JOBS {
         let get = |prefix: &str, unit: &str| report.get(&format!("{prefix}{}.{unit}", job.name));

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -275,7 +276,13 @@ pub fn readable(fd: &impl AsRawFd, patience: Duration) -> bool {
     // SAFETY: whoever owns it is borrowed for as long.
     let fd = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
     let patience = PollTimeout::try_from(patience).unwrap();
-    poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], patience).unwrap() > 0
+    loop {
+        match poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], patience) {
+            // A fuzzer's alarm.
+            Err(Errno::EINTR) => {}
+            count => return count.unwrap() > 0,
+        }
+    }
 }
 
 /// A backend on a thread of its own, as the transport would run it.
