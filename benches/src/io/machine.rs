@@ -227,11 +227,10 @@ fn pericarp(place: &Place, shape: Shape, directory: &Path, disk: &Path) -> Resul
         }],
         nets: vec![Net { taps: vec![given.give(tap::open(OURS.tap)?)?], mac: [2, 0, 0, 0, 0, 1] }],
         vsock: Some(Vsock { listener: given.give(UnixListener::bind(directory.join("vsock"))?)? }),
-        control: if shape.gives_back {
-            Some(given.give(listener(&directory.join("control"), SockType::SeqPacket)?)?)
-        } else {
-            None
-        },
+        control: shape
+            .gives_back
+            .then(|| given.give(listener(&directory.join("control"), SockType::SeqPacket)?))
+            .transpose()?,
         events: None,
     };
     let document = directory.join("config");

@@ -1,6 +1,5 @@
 //! Memory that a guest takes and gives back: what a MiB costs, and how soon the host has it again.
 
-use std::fs;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -10,7 +9,7 @@ use plotters::prelude::*;
 
 use super::jobs::{Job, Side};
 use super::machine::{Machine, Shape};
-use super::{CONTESTANTS, Kind, figures, fill};
+use super::{Contestant, Kind, end, figures, start};
 use crate::Place;
 use crate::repeat::repeat;
 use crate::report::{Report, Samples};
@@ -45,23 +44,14 @@ type Course = Vec<(f64, f64)>;
 /// Measures `memory.*`, and draws how the last run's memory comes back.
 pub(crate) async fn measure(place: &Place, report: &mut Report, picture: &Path) -> Result<()> {
     let directory = place.work.join("memory");
-    fs::create_dir_all(&directory)?;
-    let mut machines = Vec::new();
-    for (prefix, kind) in CONTESTANTS {
-        let disk = directory.join(format!("{kind:?}.disk"));
-        fill(&disk)?;
-        machines.push((prefix, Machine::start(place, kind, SHAPE, &directory, &disk)?));
-    }
+    let mut machines = start(place, SHAPE, &directory)?;
     let mut samples = Samples::default();
     let mut courses = Vec::new();
     for (figures, run) in repeat("memory", place.runs, async || once(&mut machines)).await? {
         samples.extend(figures);
         courses = run;
     }
-    for (_, machine) in machines {
-        machine.end()?;
-    }
-    fs::remove_dir_all(&directory)?;
+    end(machines, &directory)?;
     report.take(samples);
     draw(&courses, picture).map_err(|error| anyhow::anyhow!("drawing the memory: {error}"))
 }
@@ -70,7 +60,7 @@ pub(crate) async fn measure(place: &Place, report: &mut Report, picture: &Path) 
 type Run = (Vec<(String, f64)>, Vec<(&'static str, Course)>);
 
 /// Has each contestant take memory and give it up, and waits until the host has it.
-fn once(machines: &mut [(&'static str, Machine)]) -> Result<Run> {
+fn once(machines: &mut [Contestant]) -> Result<Run> {
     let (mut all, mut courses) = (Vec::new(), Vec::new());
     for (prefix, machine) in machines {
         let before = machine.resident_mib()?;

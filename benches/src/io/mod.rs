@@ -51,31 +51,43 @@ enum Kind {
 /// Measures `blk.*`, `net.*` and `vsock.*`; returns the table.
 pub(crate) async fn measure(place: &Place, report: &mut Report) -> Result<String> {
     let directory = place.work.join("io");
-    fs::create_dir_all(&directory)?;
-    let mut machines = Vec::new();
-    for (prefix, kind) in CONTESTANTS {
-        let disk = directory.join(format!("{kind:?}.disk"));
-        fill(&disk)?;
-        machines.push((prefix, Machine::start(place, kind, SHAPE, &directory, &disk)?));
-    }
+    let mut machines = start(place, SHAPE, &directory)?;
     let mut samples = Samples::default();
     for job in JOBS.iter().filter(|job| job.name.starts_with(&place.jobs)) {
         let rounds = repeat(job.name, place.runs, async || round(&mut machines, job)).await?;
-        for (name, value) in rounds.into_iter().flatten() {
-            samples.add(name, value);
-        }
+        samples.extend(rounds.into_iter().flatten());
         for (prefix, machine) in machines.iter_mut().filter(|(_, machine)| machine.kind != Kind::Host) {
             let own = own_exits(prefix, machine, job)?;
             samples.add(format!("{prefix}{}.own_exits_per_op", job.name), own / f64::from(job.operations()));
         }
         println!("{} is measured", job.name);
     }
+    end(machines, &directory)?;
+    report.take(samples);
+    table(report)
+}
+
+/// A contestant, and how its figures are called.
+type Contestant = (&'static str, Machine);
+
+/// Starts all of them with disks in a new directory.
+fn start(place: &Place, shape: Shape, directory: &Path) -> Result<Vec<Contestant>> {
+    fs::create_dir_all(directory)?;
+    let mut machines = Vec::new();
+    for (prefix, kind) in CONTESTANTS {
+        let disk = directory.join(format!("{kind:?}.disk"));
+        fill(&disk)?;
+        machines.push((prefix, Machine::start(place, kind, shape, directory, &disk)?));
+    }
+    Ok(machines)
+}
+
+/// Ends them, and removes the directory.
+fn end(machines: Vec<Contestant>, directory: &Path) -> Result<()> {
     for (_, machine) in machines {
         machine.end()?;
     }
-    fs::remove_dir_all(&directory)?;
-    report.take(samples);
-    table(report)
+    Ok(fs::remove_dir_all(directory)?)
 }
 
 /// A disk without holes, so that no run is the first to write somewhere.
@@ -89,7 +101,7 @@ fn fill(path: &Path) -> Result<()> {
 }
 
 /// Has each contestant do a job once.
-fn round(machines: &mut [(&str, Machine)], job: &Job) -> Result<Vec<(String, f64)>> {
+fn round(machines: &mut [Contestant], job: &Job) -> Result<Vec<(String, f64)>> {
     let mut all = Vec::new();
     for (prefix, machine) in machines.iter_mut().filter(|(_, machine)| machine.kind != Kind::Host || job.on_host) {
         all.extend(figures(prefix, machine, job)?);
