@@ -1,19 +1,19 @@
 //! A guest made of nothing but memory and the driver's side of virtqueues, for tests and fuzz targets of devices.
 //! No part of a VMM: it is there with feature `testing` alone.
 
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::{Active, ActiveQueue, Backend, DeviceError};
+use super::poller::{Poller, Wait};
 
 /// Where two regions of guest memory meet.
 pub const SEAM: u64 = 8 << 20;
@@ -271,18 +271,10 @@ impl DriverQueue {
 }
 
 /// Waits until a descriptor is readable.
-#[expect(unsafe_code, reason = "an EventFd gives its descriptor as a number")]
 pub fn readable(fd: &impl AsRawFd, patience: Duration) -> bool {
-    // SAFETY: whoever owns it is borrowed for as long.
-    let fd = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
-    let patience = PollTimeout::try_from(patience).unwrap();
-    loop {
-        match poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], patience) {
-            // A fuzzer's alarm.
-            Err(Errno::EINTR) => {}
-            count => return count.unwrap() > 0,
-        }
-    }
+    let mut poller = Poller::new().unwrap();
+    poller.add(fd, EventSet::IN, 0).unwrap();
+    poller.wait(Wait::Millis(u16::try_from(patience.as_millis()).unwrap())).unwrap().count() > 0
 }
 
 /// A backend on a thread of its own, as the transport would run it.

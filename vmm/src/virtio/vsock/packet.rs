@@ -132,7 +132,8 @@ impl Header {
     }
 }
 
-fn low_half(value: u64) -> u32 {
+/// The 32 bits of least value.
+pub(super) fn low_half(value: u64) -> u32 {
     u32::try_from(value & u64::from(u32::MAX)).unwrap_or_default()
 }
 

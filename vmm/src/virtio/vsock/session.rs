@@ -17,7 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::burst::Burst;
 use super::connection::{Connection, Endpoint, Phase, Produced};
 use super::handshake::{Handshake, Progress};
-use super::packet::{BadHeader, HEADER_BYTES, Header, Op, PORT_ANY, Ports};
+use super::packet::{BadHeader, HEADER_BYTES, Header, Op, PORT_ANY, Ports, low_half};
 use super::table::Table;
 use super::{Question, Vsock};
 use crate::virtio::buffers::{Buffers, gather};
@@ -73,8 +73,7 @@ fn token(ports: Ports) -> u64 {
 }
 
 fn ports(token: u64) -> Ports {
-    let half = |value: u64| u32::try_from(value & u64::from(u32::MAX)).unwrap_or_default();
-    Ports { host: half(token >> 32), guest: half(token) }
+    Ports { host: low_half(token >> 32), guest: low_half(token) }
 }
 
 /// The token of a client before its guest port is known.
