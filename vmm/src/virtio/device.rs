@@ -141,7 +141,9 @@ pub struct ActiveQueue {
     pub queue: Queue,
     /// Signalled when the driver notifies the queue.
     pub kick: EventFd,
-    /// The queue's MSI-X vector as an irqfd; `None` if the driver gave it none.
+    /// The queue's MSI-X vector; queues may share one.
+    pub vector: u16,
+    /// That vector as an irqfd; `None` if the driver gave the queue none.
     pub interrupt: Option<EventFd>,
 }
 
@@ -178,8 +180,8 @@ impl ActiveQueue {
         self.complete(memory, *last, *last_written)
     }
 
-    /// Interrupts the driver if it asks to hear of any chain given back since the used index was `old`.
-    pub fn signal_used_since(&mut self, memory: &GuestMemoryMmap, old: u16) -> Result<(), DeviceError> {
+    /// Interrupts the driver if it asks to hear of any chain given back since the used index was `old`; says whether it did.
+    pub fn signal_used_since(&mut self, memory: &GuestMemoryMmap, old: u16) -> Result<bool, DeviceError> {
         // The index is written before the driver's wish is read (virtio 1.2 §2.7.7.2).
         fence(Ordering::SeqCst);
         let new = self.queue.next_used();
@@ -192,10 +194,9 @@ impl ActiveQueue {
         } else {
             true
         };
-        if wanted && let Some(interrupt) = &self.interrupt {
-            interrupt.write(1)?;
-        }
-        Ok(())
+        let interrupt = self.interrupt.as_ref().filter(|_| wanted);
+        interrupt.map_or(Ok(()), |interrupt| interrupt.write(1))?;
+        Ok(interrupt.is_some())
     }
 
     /// Interrupts the driver if it asks for that (virtio 1.2 §2.7.7); call once after a batch of used buffers.

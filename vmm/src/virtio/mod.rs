@@ -9,6 +9,7 @@ pub mod fs;
 pub mod inbox;
 pub mod mem;
 pub mod net;
+pub mod pace;
 pub mod poller;
 pub mod registers;
 #[cfg(any(test, feature = "testing"))]

@@ -35,6 +35,7 @@ pub struct Guest {
     /// All of it.
     pub memory: Arc<GuestMemoryMmap>,
     rings: std::cell::Cell<u64>,
+    vectors: std::cell::Cell<u16>,
 }
 
 impl Default for Guest {
@@ -48,7 +49,7 @@ impl Guest {
     pub fn new() -> Self {
         let half = usize::try_from(SEAM).unwrap();
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), half), (GuestAddress(SEAM), half)]).unwrap();
-        Self { memory: Arc::new(memory), rings: RINGS.into() }
+        Self { memory: Arc::new(memory), rings: RINGS.into(), vectors: 0.into() }
     }
 
     /// First address past its memory.
@@ -76,7 +77,7 @@ impl Guest {
         start
     }
 
-    /// Both sides of a new virtqueue.
+    /// Both sides of a new virtqueue with a vector of its own.
     pub fn queue(&self, size: u16) -> (DriverQueue, ActiveQueue) {
         let entries = u64::from(size);
         let table = self.allocate(DESCRIPTOR_BYTES * entries);
@@ -108,7 +109,9 @@ impl Guest {
             kick: kick.try_clone().unwrap(),
             interrupt: interrupt.try_clone().unwrap(),
         };
-        (driver, ActiveQueue { queue, kick, interrupt: Some(interrupt) })
+        let vector = self.vectors.get();
+        self.vectors.set(vector + 1);
+        (driver, ActiveQueue { queue, kick, vector, interrupt: Some(interrupt) })
     }
 }
 
@@ -251,13 +254,18 @@ impl DriverQueue {
         Some((head, len))
     }
 
+    /// Whether there is an interrupt, or comes one in time.
+    pub fn is_interrupted(&self, patience: Duration) -> bool {
+        readable(&self.interrupt, patience)
+    }
+
     /// Takes one used chain, waiting for the interrupt; `None` if the device is silent for `patience`.
     pub fn try_wait_used(&mut self, patience: Duration) -> Option<(u16, u32)> {
         loop {
             if let Some(used) = self.take_used() {
                 return Some(used);
             }
-            if !readable(&self.interrupt, patience) {
+            if !self.is_interrupted(patience) {
                 return None;
             }
             let _count = self.interrupt.read();

@@ -306,7 +306,7 @@ impl VirtioPci {
                 wires.kicks.push((kick.try_clone()?, address));
             }
             let interrupt = wires.open(setup.vector)?;
-            queues.push(ActiveQueue { queue: setup.queue, kick, interrupt });
+            queues.push(ActiveQueue { queue: setup.queue, kick, vector: setup.vector, interrupt });
         }
         self.wires = Some(wires);
         self.connect_vectors(irqs);

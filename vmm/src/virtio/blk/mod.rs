@@ -19,7 +19,6 @@
 mod disk;
 mod flight;
 mod limit;
-mod pace;
 mod request;
 mod service;
 #[cfg(test)]

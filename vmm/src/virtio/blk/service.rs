@@ -8,10 +8,10 @@ use super::Counters;
 use super::disk::{Disk, Job};
 use super::flight::{Flight, Flights, Ring};
 use super::limit::Limit;
-use super::pace::Pace;
 use super::request::{Request, RequestError, status_offset, status_ok};
 use crate::virtio::buffers::{Buffers, gather};
 use crate::virtio::device::{ActiveQueue, DeviceError};
+use crate::virtio::pace::Pace;
 use crate::virtio::poller::{Poller, Wait};
 
 /// Most requests taken before the driver hears of answers, and stop and questions are looked at again.
@@ -47,7 +47,7 @@ impl<'a, 'm> Service<'a, 'm> {
         memory: &'m GuestMemoryMmap,
         flights: Flights<'m>,
     ) -> Self {
-        let (readable, pace) = (Buffers::new(memory), Pace::new());
+        let (readable, pace) = (Buffers::new(memory), Pace::default());
         let queues = queues.into_iter().map(|active| Queue { active, answered: false }).collect();
         Self { disk, counters, limit, queues, turn: 0, memory, flights, readable, pace }
     }
@@ -70,15 +70,15 @@ impl<'a, 'm> Service<'a, 'm> {
     /// Takes a batch of requests, and answers those and what has landed; tells whether there are more.
     pub(super) fn serve(&mut self) -> Result<Wait, DeviceError> {
         self.land()?;
-        let (mut turns, mut lingers) = (0..BATCH, false);
+        let (mut turns, mut lingers) = (0..BATCH, None);
         let mut wait = Wait::Poll;
         while wait == Wait::Poll && turns.next().is_some() {
             if let Some(millis) = self.limit.delay() {
                 wait = Wait::Millis(millis);
             } else if let Some((queue, chain)) = self.next()? {
                 self.take(queue, chain)?;
-            } else if self.pace.lingers() {
-                lingers = true;
+            } else if let Some(way) = self.pace.lingers() {
+                lingers = Some(way);
                 break;
             } else {
                 // Looks again after asking for a notification: a request may have slipped in between (§2.7.10).
@@ -91,8 +91,9 @@ impl<'a, 'm> Service<'a, 'm> {
         }
         self.flights.submit()?;
         self.tell()?;
-        if lingers {
-            self.pace.linger();
+        // Of those that come meanwhile the next round takes many together.
+        if let Some(way) = lingers {
+            way.linger();
         }
         Ok(wait)
     }

@@ -17,6 +17,7 @@
 )]
 
 mod control;
+mod late;
 mod pair;
 mod receive;
 mod tap;

@@ -8,10 +8,12 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::control::{Change, Control};
+use super::late::Late;
 use super::receive::Receiver;
 use super::{BATCH, Counters, HEADER_BYTES, PACKET_BYTES, payload};
 use crate::virtio::buffers::{Buffers, gather};
 use crate::virtio::device::{ActiveQueue, DeviceError};
+use crate::virtio::pace::Pace;
 use crate::virtio::poller::{Poller, Wait};
 
 const STOP: u64 = 0;
@@ -24,6 +26,10 @@ pub(super) struct Pair<'m> {
     memory: &'m GuestMemoryMmap,
     receiver: Receiver<'m>,
     tx: &'m mut ActiveQueue,
+    /// The pace of what is sent.
+    pace: Pace,
+    /// What the driver has not been told of it.
+    late: Late,
     tap: &'m File,
     counters: &'m Counters,
     /// What the packet at hand consists of.
@@ -45,7 +51,17 @@ impl<'m> Pair<'m> {
         };
         let (receiver, readable, writable) =
             (Receiver::new(memory, rx, merge), Buffers::new(memory), Buffers::new(memory));
-        Ok(Self { memory, receiver, tx, tap, counters, readable, writable })
+        Ok(Self {
+            memory,
+            receiver,
+            tx,
+            pace: Pace::default(),
+            late: Late::default(),
+            tap,
+            counters,
+            readable,
+            writable,
+        })
     }
 
     /// Serves both queues, and the control queue beside them, until one of `stops` is readable or the driver wants a change.
@@ -81,11 +97,12 @@ impl<'m> Pair<'m> {
             {
                 return Ok(Some(change));
             }
-            self.receiver.serve(self.tap, self.counters)?;
+            let told = self.receiver.serve(self.tap, self.counters)? && self.receiver.vector() == self.tx.vector;
+            self.late.end(self.tx, self.memory, told)?;
             if sending {
                 sending = self.send()?;
             }
-            let wait = if sending || self.receiver.has_work() { Wait::Poll } else { Wait::Block };
+            let wait = if sending || self.receiver.has_work() { Wait::Poll } else { self.late.patience() };
             for (token, events) in poller.wait(wait)? {
                 match token {
                     STOP => return Ok(None),
@@ -104,22 +121,28 @@ impl<'m> Pair<'m> {
     /// Sends a batch of the guest's packets; tells whether there are more.
     fn send(&mut self) -> Result<bool, DeviceError> {
         let mut turns = 0..BATCH;
-        let (mut used, mut more) = (false, true);
+        let (mut packets, mut bytes, mut more, mut lingers) = (0_usize, 0_usize, true, None);
         while more && turns.next().is_some() {
             let Some(chain) = self.tx.pop(self.memory)? else {
+                lingers = self.pace.lingers();
+                if lingers.is_some() {
+                    break;
+                }
                 more = self.tx.queue.enable_notification(self.memory)?;
                 continue;
             };
+            self.pace.take();
             let head = chain.head_index();
             self.readable.clear();
             self.writable.clear();
             gather(chain, &mut self.readable, &mut self.writable)?;
             self.transmit();
             self.tx.complete(self.memory, head, 0)?;
-            used = true;
+            (packets, bytes) = (packets.saturating_add(1), bytes.saturating_add(self.readable.len()));
         }
-        if used {
-            self.tx.signal_used(self.memory)?;
+        self.late.tell(self.tx, self.memory, packets, bytes)?;
+        if let Some(way) = lingers {
+            way.linger();
         }
         Ok(more)
     }

@@ -19,6 +19,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::{BATCH, Counters, HEADER_BYTES, PACKET_BYTES, payload};
 use crate::virtio::buffers::{Buffers, gather};
 use crate::virtio::device::{ActiveQueue, DeviceError};
+use crate::virtio::pace::{Pace, Way};
 
 /// Where `num_buffers` is in the header (virtio 1.2 §5.1.6).
 const COUNT_OFFSET: usize = 10;
@@ -38,6 +39,7 @@ pub(super) struct Receiver<'m> {
     small: bool,
     /// Where a packet goes that is likely to be small.
     copied: Vec<u8>,
+    pace: Pace,
     /// The tap may have a packet.
     tap_ready: bool,
     /// The tap is gone for good.
@@ -58,6 +60,7 @@ impl<'m> Receiver<'m> {
             used: Vec::with_capacity(entries),
             small: false,
             copied: vec![0; PACKET_BYTES],
+            pace: Pace::default(),
             tap_ready: true,
             tap_gone: false,
             starved: false,
@@ -66,6 +69,11 @@ impl<'m> Receiver<'m> {
 
     pub(super) fn kick(&self) -> &EventFd {
         &self.queue.kick
+    }
+
+    /// The queue's vector.
+    pub(super) fn vector(&self) -> u16 {
+        self.queue.vector
     }
 
     /// The driver has added room.
@@ -86,11 +94,12 @@ impl<'m> Receiver<'m> {
         self.tap_ready && !self.starved && !self.tap_gone
     }
 
-    /// Receives a batch of packets.
-    pub(super) fn serve(&mut self, tap: &File, counters: &Counters) -> Result<(), DeviceError> {
+    /// Receives a batch of packets; says whether the driver was interrupted for them.
+    pub(super) fn serve(&mut self, tap: &File, counters: &Counters) -> Result<bool, DeviceError> {
         let old = self.queue.queue.next_used();
-        let mut turns = 0..BATCH;
-        while self.has_work() && turns.next().is_some() {
+        // Some turns bring no packet, but whatever the guest does, they come to an end.
+        let (mut turns, mut packets, mut pauses) = (0..BATCH.saturating_mul(2), 0_usize, None);
+        while self.has_work() && pauses.is_none() && packets < BATCH && turns.next().is_some() {
             if !self.make_room()? {
                 continue;
             }
@@ -98,17 +107,28 @@ impl<'m> Receiver<'m> {
                 Ok(len) if len < HEADER_BYTES => self.tap_gone = true,
                 Ok(len) => {
                     self.deliver(len)?;
+                    self.pace.take();
+                    packets = packets.saturating_add(1);
                     counters.received_packets.add(1);
                     counters.received_bytes.add(payload(len));
                 }
                 Err(error) => match error.kind() {
-                    io::ErrorKind::WouldBlock => self.tap_ready = false,
+                    io::ErrorKind::WouldBlock => match self.pace.lingers() {
+                        Some(Way::GiveWay) => Way::GiveWay.linger(),
+                        Some(Way::Pause) => pauses = Some(Way::Pause),
+                        None => self.tap_ready = false,
+                    },
                     io::ErrorKind::Interrupted => {}
                     _ => self.tap_gone = true,
                 },
             }
         }
-        if self.queue.queue.next_used() == old { Ok(()) } else { self.queue.signal_used_since(self.memory, old) }
+        let told = self.queue.queue.next_used() != old && self.queue.signal_used_since(self.memory, old)?;
+        // Told before a pause, the guest is at work meanwhile.
+        if let Some(way) = pauses {
+            way.linger();
+        }
+        Ok(told)
     }
 
     /// Takes chains from the queue until the longest packet fits; `false` if the driver has to add some first.

@@ -22,6 +22,7 @@ use super::table::Table;
 use super::{Question, Vsock};
 use crate::virtio::buffers::{Buffers, gather};
 use crate::virtio::device::{Active, ActiveQueue, DeviceError};
+use crate::virtio::pace::{Pace, Way};
 use crate::virtio::poller::{Poller, Wait};
 
 /// Most resets waiting for the guest before its packets are left in their queue.
@@ -64,6 +65,8 @@ pub(super) struct Session<'a> {
     accept_again: Option<Instant>,
     /// The guest's packets wait to be looked at.
     tx_pending: bool,
+    /// The pace of the guest's packets.
+    tx_pace: Pace,
     /// The guest has no room for packets, and will say when it has.
     rx_starved: bool,
 }
@@ -108,15 +111,19 @@ impl<'a> Session<'a> {
             accept_again: None,
             // Packets may have come before this thread watched for them.
             tx_pending: true,
+            tx_pace: Pace::default(),
             rx_starved: false,
         })
     }
 
     pub(super) fn serve(mut self) -> Result<(), DeviceError> {
         loop {
-            self.serve_tx()?;
+            let lingers = self.serve_tx()?;
             self.serve_rx()?;
             self.watch_listener()?;
+            if let Some(way) = lingers {
+                way.linger();
+            }
             for (token, events) in self.poller.wait(self.patience())? {
                 match token {
                     STOP => return Ok(()),
@@ -305,11 +312,16 @@ impl<'a> Session<'a> {
 
     // From the guest.
 
-    fn serve_tx(&mut self) -> Result<(), DeviceError> {
+    /// Takes a batch of packets; says how to let more come before looking again, if that is worth while.
+    fn serve_tx(&mut self) -> Result<Option<Way>, DeviceError> {
         let mut turns = 0..BATCH;
-        let mut used = false;
+        let (mut used, mut lingers) = (false, None);
         while self.tx_pending && self.table.resets.len() < RESETS && turns.next().is_some() {
             let Some(chain) = self.tx.pop(self.memory)? else {
+                lingers = self.tx_pace.lingers();
+                if lingers.is_some() {
+                    break;
+                }
                 self.tx_pending = self.tx.queue.enable_notification(self.memory)?;
                 continue;
             };
@@ -319,9 +331,13 @@ impl<'a> Session<'a> {
             gather(chain, &mut self.readable, &mut self.writable)?;
             self.packet()?;
             self.tx.complete(self.memory, head, 0)?;
+            self.tx_pace.take();
             used = true;
         }
-        if used { self.tx.signal_used(self.memory) } else { Ok(()) }
+        if used {
+            self.tx.signal_used(self.memory)?;
+        }
+        Ok(lingers)
     }
 
     /// Takes the packet in `readable`.
@@ -466,7 +482,10 @@ impl<'a> Session<'a> {
                 self.device.counters.to_guest_bytes.add(u64::try_from(payload).unwrap_or(u64::MAX));
             }
         }
-        if self.rx.queue.next_used() == before { Ok(()) } else { self.rx.signal_used_since(self.memory, before) }
+        if self.rx.queue.next_used() != before {
+            self.rx.signal_used_since(self.memory, before)?;
+        }
+        Ok(())
     }
 
     /// Writes the next packets of whoever is first in line; none if nobody has any.
