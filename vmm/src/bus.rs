@@ -20,8 +20,8 @@ use crate::acpi::{IOAPIC, POWER_OFF, RESET, RESET_VALUE, SERIAL_PORT, SERIAL_POR
 use crate::ioapic::IoApic;
 use crate::memory::PAGE;
 use crate::notes::End;
-use crate::pci::Pci;
 use crate::serial::Port;
+use crate::slots::Slots;
 
 /// Command port of the 8042, through which kernels without ACPI reset a PC.
 const KEYBOARD_COMMAND: u16 = 0x64;
@@ -29,18 +29,18 @@ const KEYBOARD_RESET: u8 = 0xfe;
 
 /// The machine's ports and device memory.
 pub struct Bus {
-    pci: Mutex<Pci>,
+    pci: Mutex<Slots>,
     serial: Option<(Port, Mutex<IoApic>)>,
 }
 
 impl Bus {
     /// A machine's bus.
-    pub fn new(pci: Pci, serial: Option<Port>) -> Self {
+    pub fn new(pci: Slots, serial: Option<Port>) -> Self {
         Self { pci: Mutex::new(pci), serial: serial.map(|port| (port, Mutex::default())) }
     }
 
     /// The PCI bus. Hold it for one change.
-    pub fn pci(&self) -> MutexGuard<'_, Pci> {
+    pub fn pci(&self) -> MutexGuard<'_, Slots> {
         self.pci.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

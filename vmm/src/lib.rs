@@ -23,6 +23,7 @@ pub mod bus;
 pub mod ioapic;
 pub mod pci;
 pub mod serial;
+pub mod slots;
 pub mod vcpu;
 pub mod virtio;
 

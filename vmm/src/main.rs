@@ -18,9 +18,9 @@ use pericarp_vmm::loader::{self, Image, LoadError};
 use pericarp_vmm::machine::{DeviceSetupError, Devices, Machine, Signals};
 use pericarp_vmm::memory::{self, GuestRam, MemoryError};
 use pericarp_vmm::notes::{self, Notes};
-use pericarp_vmm::pci::Pci;
 use pericarp_vmm::pci::irq::Irqs;
 use pericarp_vmm::serial::Port;
+use pericarp_vmm::slots::Slots;
 use pericarp_vmm::vcpu::{self, Cpus};
 use pericarp_vmm::virtio::blk;
 use pericarp_vmm::{acpi, complain, console, cpu, describe, kvm, mptable};
@@ -119,7 +119,7 @@ fn boot(setup: Setup, events: &mut Events) -> Result<i32, StartError> {
     // The devices, each with its thread.
     let (notifier, notes) = Notes::new()?;
     let port = serial.then(|| open_serial(&vm, setup.keyboard)).transpose()?;
-    let bus = Arc::new(Bus::new(Pci::new(window, Irqs::new(Arc::clone(&vm))), port));
+    let bus = Arc::new(Bus::new(Slots::new(window, Irqs::new(Arc::clone(&vm))), port));
     let mut devices = Devices::new(Arc::clone(&bus), Arc::clone(&vm), ram, notifier.clone());
     if let Some(listener) = setup.vsock {
         devices.add_vsock(listener)?;

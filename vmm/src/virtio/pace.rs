@@ -7,6 +7,18 @@
 //! that brings enough. Where one thing comes at a time it would wait in vain, so whether there are many is tried seldom, and the more
 //! seldom the more often it was in vain.
 
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::as_conversions,
+        clippy::arithmetic_side_effects,
+        clippy::panic
+    )
+)]
+
 use std::thread;
 use std::time::Duration;
 
