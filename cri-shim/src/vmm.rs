@@ -252,7 +252,7 @@ fn program(config: &CoreConfig, launch: Launch<'_>) -> Result<Program> {
             extents: vec![extent],
             limits: config.disk_limits(),
         }],
-        nets: if taps.is_empty() { Vec::new() } else { vec![Net { taps, mac: BOOT_MAC }] },
+        nets: if taps.is_empty() { Vec::new() } else { vec![Net { taps, mac: BOOT_MAC, limits: config.net_limits() }] },
         vsock: Some(Vsock { listener: fds.give(listener(dir, &dir.vsock(), SockType::Stream)?) }),
         control: Some(fds.give(listener(dir, &dir.control(), SockType::SeqPacket)?)),
         events: Some(fds.give(append(&dir.events())?)),

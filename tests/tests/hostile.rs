@@ -15,7 +15,7 @@ use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bin
 use pericarp_tests::{Node, image, wait_until};
 use serde_json::json;
 use tempfile::TempDir;
-use vmm_control::{Client, Config, Console, Disk, DiskLimits, EventKind, Extent, ShutdownReason, Vsock, read_events};
+use vmm_control::{Client, Config, Console, Disk, EventKind, Extent, Limits, ShutdownReason, Vsock, read_events};
 
 /// Bytes of the guest's disk.
 const DISK_BYTES: u64 = 1 << 20;
@@ -150,7 +150,7 @@ fn config(mode: &str, path: &dyn Fn(&str) -> PathBuf, given: &mut Given) -> Conf
         let file = File::options().read(true).write(true).create_new(true).open(path(name)).expect("creates");
         file.set_len(DISK_BYTES).expect("grows");
         let extent = Extent { first_sector: 0, sectors: DISK_BYTES / 512, read_only: false, file: given.give(file) };
-        Disk { capacity_bytes: DISK_BYTES, queues, extents: vec![extent], limits: DiskLimits::default() }
+        Disk { capacity_bytes: DISK_BYTES, queues, extents: vec![extent], limits: Limits::default() }
     };
     let disks = vec![disk("disk0", 1), disk("disk1", 2)];
     let control = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).expect("a socket");

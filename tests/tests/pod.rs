@@ -4,9 +4,9 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use pericarp_tests::{Node, image, wait_until};
+use pericarp_tests::{Node, Settings, image, wait_until};
 use serde_json::json;
 
 fn http_get(address: &str) -> std::io::Result<String> {
@@ -82,6 +82,36 @@ fn a_pod_reaches_the_host() {
     let v6 =
         node.crictl(["exec", "--sync", &container, "ip", "-6", "addr", "show", "dev", "eth0", "scope", "global"]).ok();
     assert!(v6.contains("inet6"), "{v6}");
+    node.remove_pod(&pod);
+}
+
+#[test]
+fn a_pods_network_is_as_slow_as_it_is_said_to_be() {
+    const PER_S: u64 = 256 << 10;
+    const BYTES: u64 = 2 * PER_S;
+    // Without what passes at once: a tenth of a second's worth, and a packet, which is paid for afterwards.
+    let least = Duration::from_millis(1900).saturating_sub(Duration::from_millis(1000 * (64 << 10) / PER_S));
+    let keys = format!("net_bytes_per_s = {PER_S}\n");
+    let node = Node::start_with(&Settings { keys, ..Settings::default() });
+    node.crictl(["pull", image::BUSYBOX]).ok();
+    let pod = node.run_pod("slow", &json!({}));
+    let container = node.run_container(&pod, "slow", "c", image::BUSYBOX, &["sleep", "1000"]);
+    let script = "ip route | sed -n 's/default via \\([^ ]*\\).*/\\1/p'";
+    let gateway = node.crictl(["exec", "--sync", &container, "sh", "-c", script]).ok();
+    let listener = TcpListener::bind((gateway.as_str(), 0)).expect("the bridge's address is the host's");
+    let port = listener.local_addr().expect("bound").port();
+    let server = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().expect("the pod connects");
+        let mut bytes = vec![0; usize::try_from(BYTES).expect("it is small")];
+        stream.read_exact(&mut bytes).expect("the pod sends");
+        stream.write_all(&bytes).expect("the pod receives");
+    });
+    let script = format!("head -c {BYTES} /dev/zero | nc -w 60 {gateway} {port} | wc -c");
+    let began = Instant::now();
+    assert_eq!(node.crictl(["exec", "--sync", &container, "sh", "-c", &script]).ok(), BYTES.to_string());
+    let took = began.elapsed();
+    assert!(took >= 2 * least, "both ways in {took:?}");
+    server.join().expect("the server ends");
     node.remove_pod(&pod);
 }
 

@@ -11,7 +11,7 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use nix::errno::Errno;
 use nix::sys::stat::{FileStat, SFlag, fstat};
 use thiserror::Error;
-use vmm_control::{CONFIG_VERSION, Config, Console, Disk, DiskLimits, Extent, exit};
+use vmm_control::{CONFIG_VERSION, Config, Console, Disk, Extent, Limits, exit};
 
 use crate::memory;
 
@@ -95,7 +95,18 @@ pub struct DiskSetup {
     /// Extents and their files.
     pub extents: Vec<(Extent, File)>,
     /// How much the guest may do with it.
-    pub limits: DiskLimits,
+    pub limits: Limits,
+}
+
+/// A network interface with its taps.
+#[derive(Debug)]
+pub struct NetSetup {
+    /// One for each pair of queues.
+    pub taps: Vec<File>,
+    /// The address that it announces.
+    pub mac: [u8; 6],
+    /// How much the guest may receive, and how much it may send.
+    pub limits: Limits,
 }
 
 /// A checked configuration that owns its descriptors; the fields are those of [`Config`].
@@ -112,7 +123,7 @@ pub struct Setup {
     pub console: Console,
     pub keyboard: Option<File>,
     pub disks: Vec<DiskSetup>,
-    pub nets: Vec<([u8; 6], Vec<File>)>,
+    pub nets: Vec<NetSetup>,
     pub vsock: Option<OwnedFd>,
     pub control: Option<OwnedFd>,
     pub events: Option<File>,
@@ -157,7 +168,7 @@ fn check(config: Config) -> Result<Setup, ConfigError> {
         nets: config
             .nets
             .into_iter()
-            .map(|net| Ok((net.mac, fds.take_taps(&net.taps)?)))
+            .map(|net| Ok(NetSetup { taps: fds.take_taps(&net.taps)?, mac: net.mac, limits: net.limits }))
             .collect::<Result<_, ConfigError>>()?,
         vsock: config.vsock.map(|vsock| fds.take("the vsock listener", vsock.listener, Kind::Socket)).transpose()?,
         control: config.control.map(|fd| fds.take("control", fd, Kind::Socket)).transpose()?,

@@ -18,7 +18,7 @@ use vmm_control::{Command, EventKind, Extent, Reply, ShutdownReason, State, exit
 use vmm_sys_util::epoll::EventSet;
 
 use crate::bus::Bus;
-use crate::config::DiskSetup;
+use crate::config::{DiskSetup, NetSetup};
 use crate::console::{self, Follower, TAIL_BYTES};
 use crate::control::Server;
 use crate::counters::Counters;
@@ -127,8 +127,8 @@ impl Devices {
     }
 
     /// Plugs in a network interface.
-    pub fn add_net(&mut self, mac: [u8; 6], taps: Vec<File>) -> Result<(), DeviceSetupError> {
-        let (info, backend, counters) = net::device(format!("net{}", self.nets), taps, mac)?;
+    pub fn add_net(&mut self, setup: NetSetup) -> Result<(), DeviceSetupError> {
+        let (info, backend, counters) = net::device(format!("net{}", self.nets), setup)?;
         self.nets += 1;
         self.plug(info, Box::new(backend), Box::new(move || counters.snapshot())).map(drop)
     }

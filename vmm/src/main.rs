@@ -127,8 +127,8 @@ fn boot(setup: Setup, events: &mut Events) -> Result<i32, StartError> {
     for (ring, disk) in disks {
         devices.add_disk(disk, ring)?;
     }
-    for (mac, taps) in setup.nets {
-        devices.add_net(mac, taps)?;
+    for net in setup.nets {
+        devices.add_net(net)?;
     }
     // What is read before it is written would become a page of zeroes, and then small pages: memory comes first.
     if let (Some(first), true) = (vcpus.first(), populated) {

@@ -12,9 +12,7 @@ use anyhow::{Context, Result, bail};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::socket::SockType;
 use nix::unistd::pipe;
-use vmm_control::{
-    CONFIG_VERSION, Client, Command, Config, Console, Disk, DiskLimits, Extent, Net, SECTOR_BYTES, Vsock,
-};
+use vmm_control::{CONFIG_VERSION, Client, Command, Config, Console, Disk, Extent, Limits, Net, SECTOR_BYTES, Vsock};
 
 use super::jobs::Job;
 use super::peer::{Peer, Way};
@@ -219,13 +217,12 @@ fn pericarp(place: &Place, shape: Shape, directory: &Path, disk: &Path) -> Resul
         memory_mib: shape.memory_mib,
         room_mib: 0,
         console: Console::Serial { input: Some(given.give(typed)?) },
-        disks: vec![Disk {
-            capacity_bytes: DISK_BYTES,
-            queues: 1,
-            extents: vec![extent],
-            limits: DiskLimits::default(),
+        disks: vec![Disk { capacity_bytes: DISK_BYTES, queues: 1, extents: vec![extent], limits: Limits::default() }],
+        nets: vec![Net {
+            taps: vec![given.give(tap::open(OURS.tap)?)?],
+            mac: [2, 0, 0, 0, 0, 1],
+            limits: Limits::default(),
         }],
-        nets: vec![Net { taps: vec![given.give(tap::open(OURS.tap)?)?], mac: [2, 0, 0, 0, 0, 1] }],
         vsock: Some(Vsock { listener: given.give(UnixListener::bind(directory.join("vsock"))?)? }),
         control: shape
             .gives_back

@@ -13,7 +13,7 @@ use clap::Args;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, pipe};
-use vmm_control::{CONFIG_VERSION, Config, Console, Disk, DiskLimits, Extent, SECTOR_BYTES};
+use vmm_control::{CONFIG_VERSION, Config, Console, Disk, Extent, Limits, SECTOR_BYTES};
 
 /// Extents begin and end on whole pages (`vmm_control::Extent`).
 const PAGE_BYTES: u64 = 4096;
@@ -149,7 +149,7 @@ fn open_disk(argument: &str, inherited: &mut Inherited) -> Result<Disk> {
     }
     let sectors = bytes.next_multiple_of(PAGE_BYTES) / SECTOR_BYTES;
     let extent = Extent { first_sector: 0, sectors, read_only, file: inherited.give(file)? };
-    Ok(Disk { capacity_bytes: bytes, queues: 1, extents: vec![extent], limits: DiskLimits::default() })
+    Ok(Disk { capacity_bytes: bytes, queues: 1, extents: vec![extent], limits: Limits::default() })
 }
 
 fn wait(vmm: &mut Child) -> Result<i32> {

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use vmm_control::DiskLimits;
+use vmm_control::Limits;
 
 use crate::pod_dir::PodDir;
 
@@ -45,6 +45,10 @@ pub struct CoreConfig {
     pub disk_requests_per_s: u64,
     /// Bytes that a pod's disk reads and writes in a second; 0 is as many as can be.
     pub disk_bytes_per_s: u64,
+    /// Packets that a pod receives in a second, and that it sends; 0 is as many as can be.
+    pub net_packets_per_s: u64,
+    /// Bytes that a pod receives in a second, and that it sends; 0 is as many as can be.
+    pub net_bytes_per_s: u64,
 }
 
 impl Default for CoreConfig {
@@ -66,14 +70,21 @@ impl Default for CoreConfig {
             max_vcpus: 0,
             disk_requests_per_s: 0,
             disk_bytes_per_s: 0,
+            net_packets_per_s: 0,
+            net_bytes_per_s: 0,
         }
     }
 }
 
 impl CoreConfig {
     /// What a pod may do with its disk.
-    pub fn disk_limits(&self) -> DiskLimits {
-        DiskLimits { requests_per_s: self.disk_requests_per_s, bytes_per_s: self.disk_bytes_per_s }
+    pub fn disk_limits(&self) -> Limits {
+        Limits { operations_per_s: self.disk_requests_per_s, bytes_per_s: self.disk_bytes_per_s }
+    }
+
+    /// What it may receive, and what it may send.
+    pub fn net_limits(&self) -> Limits {
+        Limits { operations_per_s: self.net_packets_per_s, bytes_per_s: self.net_bytes_per_s }
     }
 
     /// Directory of all pods' state.

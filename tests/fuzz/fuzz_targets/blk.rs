@@ -9,7 +9,7 @@ use libfuzzer_sys::fuzz_target;
 use pericarp_vmm::config::DiskSetup;
 use pericarp_vmm::virtio::blk;
 use pericarp_vmm::virtio::testing::{Guest, Part, SEAM, run_once};
-use vmm_control::{DiskLimits, Extent};
+use vmm_control::{Extent, Limits};
 
 /// Requests are built in this much memory, where two regions meet.
 const AREA: u64 = 4096;
@@ -36,7 +36,7 @@ fuzz_target!(|input: Input| {
     let extents = vec![(extent(0, false), scratch), (extent(64, true), image)];
     let (info, mut disk, _) = blk::device(
         "disk0".into(),
-        DiskSetup { capacity_bytes: 160 * 512, queues: 2, extents, limits: DiskLimits::default() },
+        DiskSetup { capacity_bytes: 160 * 512, queues: 2, extents, limits: Limits::default() },
         blk::Ring::new(2),
     )
     .unwrap();

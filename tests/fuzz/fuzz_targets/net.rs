@@ -9,6 +9,7 @@ use libfuzzer_sys::fuzz_target;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, send, socketpair};
 use pericarp_vmm::virtio::net;
 use pericarp_vmm::virtio::testing::{Guest, Part, SEAM, run_once};
+use vmm_control::Limits;
 
 #[derive(Arbitrary, Debug)]
 struct Input {
@@ -39,7 +40,7 @@ fuzz_target!(|input: Input| {
     let sockets = || socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_NONBLOCK).unwrap();
     let (taps, networks): (Vec<File>, Vec<_>) =
         (0..pairs).map(|_| sockets()).map(|(tap, far)| (tap.into(), far)).unzip();
-    let (_, mut interface, _) = net::on_sockets(taps);
+    let (_, mut interface, _) = net::on_sockets(taps, Limits::default());
     guest.write(SEAM - 0x8000, &input.memory[..input.memory.len().min(0x1_0000)]);
     for len in input.packets.iter().take(8) {
         for network in &networks {

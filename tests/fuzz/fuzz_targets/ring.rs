@@ -5,7 +5,7 @@ use libfuzzer_sys::fuzz_target;
 use pericarp_vmm::config::DiskSetup;
 use pericarp_vmm::virtio::blk;
 use pericarp_vmm::virtio::testing::{Guest, run_once};
-use vmm_control::DiskLimits;
+use vmm_control::Limits;
 
 /// Where [`Guest::queue`] begins to lay out rings.
 const RINGS: u64 = 0x1000;
@@ -15,7 +15,7 @@ fuzz_target!(|bytes: &[u8]| {
     let guest = Guest::new();
     let (_, mut disk, _) = blk::device(
         "disk0".into(),
-        DiskSetup { capacity_bytes: 1 << 20, queues: 1, extents: vec![], limits: DiskLimits::default() },
+        DiskSetup { capacity_bytes: 1 << 20, queues: 1, extents: vec![], limits: Limits::default() },
         None,
     )
     .unwrap();

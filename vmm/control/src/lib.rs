@@ -106,22 +106,22 @@ pub struct Disk {
     /// Extents present at boot; they may not overlap. Sectors outside every extent answer with I/O errors.
     #[serde(default)]
     pub extents: Vec<Extent>,
-    /// How much the guest may do with it.
+    /// How much the guest may do with it: requests of any kind, and bytes read and written.
     #[serde(default)]
-    pub limits: DiskLimits,
+    pub limits: Limits,
 }
 
 fn one() -> u8 {
     1
 }
 
-/// How much may be done with a disk in a second, on average; what is 0 is not limited.
+/// How much may be done with a device in a second, on average; what is 0 is not limited.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct DiskLimits {
-    /// Requests of any kind.
-    pub requests_per_s: u64,
-    /// Bytes read and written.
+pub struct Limits {
+    /// Requests, or packets.
+    pub operations_per_s: u64,
+    /// Bytes.
     pub bytes_per_s: u64,
 }
 
@@ -148,6 +148,9 @@ pub struct Net {
     pub taps: Vec<RawFd>,
     /// The address the device announces; the agent may give the interface another.
     pub mac: [u8; 6],
+    /// How much the guest may receive, and how much it may send; a packet's bytes are those of its frame.
+    #[serde(default)]
+    pub limits: Limits,
 }
 
 /// Host side of the vsock device.

@@ -7,6 +7,7 @@ pub mod counters;
 pub mod device;
 pub mod fs;
 pub mod inbox;
+pub mod limit;
 pub mod mem;
 pub mod net;
 pub mod pace;

@@ -21,6 +21,17 @@ pub enum Wait {
     Poll,
 }
 
+impl Wait {
+    /// The one of two that ends first.
+    pub fn sooner(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::Poll, _) | (_, Self::Poll) => Self::Poll,
+            (Self::Millis(one), Self::Millis(other)) => Self::Millis(one.min(other)),
+            (Self::Block, wait) | (wait, Self::Block) => wait,
+        }
+    }
+}
+
 /// A set of watched descriptors, each known by a token.
 #[derive(Debug)]
 pub struct Poller {

@@ -257,7 +257,7 @@ impl Guest {
                 capacity_bytes: vmm_control::POD_DISK_BYTES,
                 queues: 1,
                 extents,
-                limits: vmm_control::DiskLimits::default(),
+                limits: vmm_control::Limits::default(),
             }],
             nets: Vec::new(),
             vsock: Some(Vsock { listener: inherited(&vsock) }),

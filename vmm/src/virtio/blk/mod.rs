@@ -18,7 +18,6 @@
 
 mod disk;
 mod flight;
-mod limit;
 mod request;
 mod service;
 #[cfg(test)]
@@ -42,12 +41,12 @@ use self::disk::Disk;
 pub use self::disk::DiskError;
 use self::flight::Flights;
 pub use self::flight::Ring;
-use self::limit::Limit;
 use self::request::RANGES;
 use self::service::Service;
 use super::counters::{Snapshot, counters};
 use super::device::{Active, Backend, DeviceConfig, DeviceError, DeviceInfo, Vectors};
 use super::inbox::{AskError, Asker, Inbox};
+use super::limit::Limit;
 use super::poller::{Poller, Wait};
 use crate::config::DiskSetup;
 

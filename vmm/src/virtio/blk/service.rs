@@ -7,10 +7,10 @@ use vmm_sys_util::epoll::EventSet;
 use super::Counters;
 use super::disk::{Disk, Job};
 use super::flight::{Flight, Flights, Ring};
-use super::limit::Limit;
 use super::request::{Request, RequestError, status_offset, status_ok};
 use crate::virtio::buffers::{Buffers, gather};
 use crate::virtio::device::{ActiveQueue, DeviceError};
+use crate::virtio::limit::Limit;
 use crate::virtio::pace::Pace;
 use crate::virtio::poller::{Poller, Wait};
 

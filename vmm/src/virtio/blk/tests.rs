@@ -12,7 +12,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_WRITE_ZEROES,
 };
 
-use vmm_control::{DiskLimits, POD_DISK_BYTES};
+use vmm_control::{Limits, POD_DISK_BYTES};
 
 use super::request::Request;
 use super::*;
@@ -29,7 +29,7 @@ const UNSUPP: u8 = 2;
 const PENDING: u8 = 0xff;
 
 fn setup(capacity_bytes: u64, extents: Vec<(Extent, File)>) -> DiskSetup {
-    DiskSetup { capacity_bytes, queues: 1, extents, limits: DiskLimits::default() }
+    DiskSetup { capacity_bytes, queues: 1, extents, limits: Limits::default() }
 }
 
 fn extent(first_sector: u64, sectors: u64, read_only: bool) -> Extent {
@@ -225,14 +225,14 @@ fn each_queue_has_its_own_answers_and_its_turn() {
     }
     running.stop();
     for queues in [0, 9] {
-        let setup = DiskSetup { queues, capacity_bytes: 4096, extents: vec![], limits: DiskLimits::default() };
+        let setup = DiskSetup { queues, capacity_bytes: 4096, extents: vec![], limits: Limits::default() };
         assert!(matches!(device("disk0".into(), setup, None), Err(DiskError::Queues(_))));
     }
 }
 
 #[test]
 fn a_limited_disk_is_no_faster_than_that() {
-    let limits = DiskLimits { requests_per_s: 100, bytes_per_s: 0 };
+    let limits = Limits { operations_per_s: 100, bytes_per_s: 0 };
     let setup = DiskSetup { limits, ..setup(POD_DISK_BYTES, vec![(extent(0, 8, true), file(4096))]) };
     let mut rig = Rig::of(device("disk0".into(), setup, None).unwrap());
     let began = Instant::now();

@@ -36,6 +36,8 @@ use virtio_bindings::virtio_net::{
 };
 use virtio_queue::QueueT;
 use vm_memory::GuestMemoryMmap;
+#[cfg(any(test, feature = "testing"))]
+use vmm_control::Limits;
 use vmm_control::MOST_QUEUES;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -44,6 +46,8 @@ use self::pair::Pair;
 pub use self::tap::TapError;
 use super::counters::counters;
 use super::device::{Active, ActiveQueue, Backend, DeviceConfig, DeviceError, DeviceInfo, Vectors};
+use super::limit::SharedLimit;
+use crate::config::NetSetup;
 
 /// Bytes of `struct virtio_net_hdr_v1`.
 const HEADER_BYTES: usize = 12;
@@ -78,6 +82,8 @@ pub struct Net {
     taps: Vec<File>,
     /// Those of the taps that packets are given to: the first ones.
     attached: usize,
+    /// Of what is received, and of what is sent.
+    limits: [SharedLimit; 2],
     counters: Arc<Counters>,
     switches: Switches,
 }
@@ -89,25 +95,29 @@ struct Switches {
     attach: fn(&File, bool) -> io::Result<()>,
 }
 
-/// Makes an interface that announces `mac`, with a pair of queues for each of `taps`.
-pub fn device(name: String, taps: Vec<File>, mac: [u8; 6]) -> Result<(DeviceInfo, Net, Arc<Counters>), TapError> {
+/// Makes an interface with a pair of queues for each of its taps.
+pub fn device(name: String, setup: NetSetup) -> Result<(DeviceInfo, Net, Arc<Counters>), TapError> {
+    let taps = &setup.taps;
     if !(1..=usize::from(MOST_QUEUES)).contains(&taps.len()) {
         return Err(TapError::Count(taps.len()));
     }
     taps.iter().try_for_each(|tap| tap::prepare(tap, taps.len() > 1))?;
-    Ok(parts(name, taps, mac, Switches { set_offloads: tap::set_offloads, attach: tap::attach }))
+    Ok(parts(name, setup, Switches { set_offloads: tap::set_offloads, attach: tap::attach }))
 }
 
 /// An interface in front of sockets that keep packets apart, for tests and fuzz targets.
 #[cfg(any(test, feature = "testing"))]
-pub fn on_sockets(sockets: Vec<File>) -> (DeviceInfo, Net, Arc<Counters>) {
-    parts("net0".into(), sockets, [2; 6], Switches { set_offloads: |_, _| Ok(()), attach: |_, _| Ok(()) })
+pub fn on_sockets(sockets: Vec<File>, limits: Limits) -> (DeviceInfo, Net, Arc<Counters>) {
+    let setup = NetSetup { taps: sockets, mac: [2; 6], limits };
+    parts("net0".into(), setup, Switches { set_offloads: |_, _| Ok(()), attach: |_, _| Ok(()) })
 }
 
-fn parts(name: String, taps: Vec<File>, mac: [u8; 6], switches: Switches) -> (DeviceInfo, Net, Arc<Counters>) {
+fn parts(name: String, setup: NetSetup, switches: Switches) -> (DeviceInfo, Net, Arc<Counters>) {
+    let NetSetup { taps, mac, limits } = setup;
+    let limits = [(); 2].map(|()| SharedLimit::new(limits));
     let counters = Arc::<Counters>::default();
     let (info, attached) = (info(name.clone(), taps.len(), mac), taps.len());
-    (info, Net { name, taps, attached, counters: Arc::clone(&counters), switches }, counters)
+    (info, Net { name, taps, attached, limits, counters: Arc::clone(&counters), switches }, counters)
 }
 
 fn info(name: String, pairs: usize, mac: [u8; 6]) -> DeviceInfo {
@@ -188,7 +198,7 @@ impl Net {
     ) -> Result<Option<Change<'c>>, DeviceError> {
         let mut pairs = queues.chunks_mut(PAIR).zip(&self.taps).take(self.attached);
         let (first, tap) = pairs.next().ok_or(DeviceError::Driver("a network interface needs its two queues"))?;
-        let pair = |queues, tap| Pair::new(memory, queues, tap, &self.counters, merge);
+        let pair = |queues, tap| Pair::new(memory, queues, tap, &self.limits, &self.counters, merge);
         if self.attached == 1 {
             return pair(first, tap)?.serve(&[stop], control);
         }
@@ -217,6 +227,6 @@ impl Net {
 }
 
 /// Bytes of a packet without its header.
-fn payload(len: usize) -> u64 {
-    u64::try_from(len.saturating_sub(HEADER_BYTES)).unwrap_or(u64::MAX)
+fn frame(len: usize) -> usize {
+    len.saturating_sub(HEADER_BYTES)
 }

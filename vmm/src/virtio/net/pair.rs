@@ -10,9 +10,10 @@ use vmm_sys_util::eventfd::EventFd;
 use super::control::{Change, Control};
 use super::late::Late;
 use super::receive::Receiver;
-use super::{BATCH, Counters, HEADER_BYTES, PACKET_BYTES, payload};
+use super::{BATCH, Counters, HEADER_BYTES, PACKET_BYTES, frame};
 use crate::virtio::buffers::{Buffers, gather};
 use crate::virtio::device::{ActiveQueue, DeviceError};
+use crate::virtio::limit::SharedLimit;
 use crate::virtio::pace::Pace;
 use crate::virtio::poller::{Poller, Wait};
 
@@ -31,6 +32,8 @@ pub(super) struct Pair<'m> {
     /// What the driver has not been told of it.
     late: Late,
     tap: &'m File,
+    /// Of what is sent.
+    limit: &'m SharedLimit,
     counters: &'m Counters,
     /// What the packet at hand consists of.
     readable: Buffers<'m>,
@@ -43,6 +46,7 @@ impl<'m> Pair<'m> {
         memory: &'m GuestMemoryMmap,
         queues: &'m mut [ActiveQueue],
         tap: &'m File,
+        [received, sent]: &'m [SharedLimit; 2],
         counters: &'m Counters,
         merge: bool,
     ) -> Result<Self, DeviceError> {
@@ -50,7 +54,7 @@ impl<'m> Pair<'m> {
             return Err(DeviceError::Driver("a network interface needs its two queues"));
         };
         let (receiver, readable, writable) =
-            (Receiver::new(memory, rx, merge), Buffers::new(memory), Buffers::new(memory));
+            (Receiver::new(memory, rx, received, merge), Buffers::new(memory), Buffers::new(memory));
         Ok(Self {
             memory,
             receiver,
@@ -58,6 +62,7 @@ impl<'m> Pair<'m> {
             pace: Pace::default(),
             late: Late::default(),
             tap,
+            limit: sent,
             counters,
             readable,
             writable,
@@ -89,7 +94,7 @@ impl<'m> Pair<'m> {
         if let Some(control) = &control {
             poller.add(control.kick(), EventSet::IN, CONTROL_KICK)?;
         }
-        let (mut sending, mut commanded) = (true, true);
+        let (mut sending, mut commanded) = (Wait::Poll, true);
         loop {
             if std::mem::take(&mut commanded)
                 && let Some(control) = &mut control
@@ -99,10 +104,10 @@ impl<'m> Pair<'m> {
             }
             let told = self.receiver.serve(self.tap, self.counters)? && self.receiver.vector() == self.tx.vector;
             self.late.end(self.tx, self.memory, told)?;
-            if sending {
+            if sending != Wait::Block {
                 sending = self.send()?;
             }
-            let wait = if sending || self.receiver.has_work() { Wait::Poll } else { self.late.patience() };
+            let wait = sending.sooner(self.receiver.wait()).sooner(self.late.patience());
             for (token, events) in poller.wait(wait)? {
                 match token {
                     STOP => return Ok(None),
@@ -110,7 +115,7 @@ impl<'m> Pair<'m> {
                     RX_KICK => self.receiver.kicked(),
                     TX_KICK => {
                         let _count = self.tx.kick.read();
-                        sending = true;
+                        sending = Wait::Poll;
                     }
                     _ => commanded = true,
                 }
@@ -118,17 +123,22 @@ impl<'m> Pair<'m> {
         }
     }
 
-    /// Sends a batch of the guest's packets; tells whether there are more.
-    fn send(&mut self) -> Result<bool, DeviceError> {
+    /// Sends a batch of the guest's packets; says when there may be more.
+    fn send(&mut self) -> Result<Wait, DeviceError> {
         let mut turns = 0..BATCH;
-        let (mut packets, mut bytes, mut more, mut lingers) = (0_usize, 0_usize, true, None);
-        while more && turns.next().is_some() {
+        let (mut packets, mut bytes, mut wait, mut lingers) = (0_usize, 0_usize, Wait::Poll, None);
+        while wait == Wait::Poll && turns.next().is_some() {
+            if let Some(millis) = self.limit.delay() {
+                wait = Wait::Millis(millis);
+                continue;
+            }
             let Some(chain) = self.tx.pop(self.memory)? else {
                 lingers = self.pace.lingers();
                 if lingers.is_some() {
                     break;
                 }
-                more = self.tx.queue.enable_notification(self.memory)?;
+                let more = self.tx.queue.enable_notification(self.memory)?;
+                wait = if more { Wait::Poll } else { Wait::Block };
                 continue;
             };
             self.pace.take();
@@ -144,16 +154,17 @@ impl<'m> Pair<'m> {
         if let Some(way) = lingers {
             way.linger();
         }
-        Ok(more)
+        Ok(wait)
     }
 
     /// Gives one packet to the tap. One that is malformed, or that the tap refuses, is dropped.
     fn transmit(&mut self) {
         let len = self.readable.len();
+        self.limit.charge(frame(len));
         let sent = (HEADER_BYTES..=PACKET_BYTES).contains(&len) && self.readable.send(0..len, self.tap).is_ok();
         if sent {
             self.counters.sent_packets.add(1);
-            self.counters.sent_bytes.add(payload(len));
+            self.counters.sent_bytes.add(u64::try_from(frame(len)).unwrap_or(u64::MAX));
         } else {
             self.counters.dropped_packets.add(1);
         }

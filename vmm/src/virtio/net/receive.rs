@@ -16,10 +16,12 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{BATCH, Counters, HEADER_BYTES, PACKET_BYTES, payload};
+use super::{BATCH, Counters, HEADER_BYTES, PACKET_BYTES, frame};
 use crate::virtio::buffers::{Buffers, gather};
 use crate::virtio::device::{ActiveQueue, DeviceError};
+use crate::virtio::limit::SharedLimit;
 use crate::virtio::pace::{Pace, Way};
+use crate::virtio::poller::Wait;
 
 /// Where `num_buffers` is in the header (virtio 1.2 §5.1.6).
 const COUNT_OFFSET: usize = 10;
@@ -27,6 +29,9 @@ const COUNT_OFFSET: usize = 10;
 pub(super) struct Receiver<'m> {
     memory: &'m GuestMemoryMmap,
     queue: &'m mut ActiveQueue,
+    limit: &'m SharedLimit,
+    /// Milliseconds until the next packet may be received.
+    limited: Option<u16>,
     /// The driver takes a packet in several chains.
     merge: bool,
     /// Room for packets: the bytes of every chain in `chains`, in order.
@@ -49,11 +54,18 @@ pub(super) struct Receiver<'m> {
 }
 
 impl<'m> Receiver<'m> {
-    pub(super) fn new(memory: &'m GuestMemoryMmap, queue: &'m mut ActiveQueue, merge: bool) -> Self {
+    pub(super) fn new(
+        memory: &'m GuestMemoryMmap,
+        queue: &'m mut ActiveQueue,
+        limit: &'m SharedLimit,
+        merge: bool,
+    ) -> Self {
         let entries = usize::from(queue.queue.size());
         Self {
             memory,
             queue,
+            limit,
+            limited: None,
             merge,
             room: Buffers::new(memory),
             chains: VecDeque::with_capacity(entries),
@@ -89,9 +101,13 @@ impl<'m> Receiver<'m> {
         self.tap_gone |= events.contains(EventSet::ERROR);
     }
 
-    /// Whether there is a packet, as far as is known, and room for it.
-    pub(super) fn has_work(&self) -> bool {
-        self.tap_ready && !self.starved && !self.tap_gone
+    /// How long to wait for a packet and room for it, as far as is known.
+    pub(super) fn wait(&self) -> Wait {
+        match self.limited {
+            _ if !self.tap_ready || self.starved || self.tap_gone => Wait::Block,
+            Some(millis) => Wait::Millis(millis),
+            None => Wait::Poll,
+        }
     }
 
     /// Receives a batch of packets; says whether the driver was interrupted for them.
@@ -99,8 +115,10 @@ impl<'m> Receiver<'m> {
         let old = self.queue.queue.next_used();
         // Some turns bring no packet, but whatever the guest does, they come to an end.
         let (mut turns, mut packets, mut pauses) = (0..BATCH.saturating_mul(2), 0_usize, None);
-        while self.has_work() && pauses.is_none() && packets < BATCH && turns.next().is_some() {
-            if !self.make_room()? {
+        self.limited = None;
+        while self.wait() == Wait::Poll && pauses.is_none() && packets < BATCH && turns.next().is_some() {
+            self.limited = self.limit.delay();
+            if self.limited.is_some() || !self.make_room()? {
                 continue;
             }
             match self.read(tap) {
@@ -110,7 +128,8 @@ impl<'m> Receiver<'m> {
                     self.pace.take();
                     packets = packets.saturating_add(1);
                     counters.received_packets.add(1);
-                    counters.received_bytes.add(payload(len));
+                    counters.received_bytes.add(u64::try_from(frame(len)).unwrap_or(u64::MAX));
+                    self.limit.charge(frame(len));
                 }
                 Err(error) => match error.kind() {
                     io::ErrorKind::WouldBlock => match self.pace.lingers() {

@@ -3,7 +3,7 @@
 mod pairs;
 
 use std::os::fd::OwnedFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
 use nix::unistd;
@@ -30,12 +30,16 @@ struct Rig {
 
 impl Rig {
     fn new(features: u64, size: u16) -> Self {
+        Self::limited(features, size, Limits::default())
+    }
+
+    fn limited(features: u64, size: u16, limits: Limits) -> Self {
         let flags = SockFlag::SOCK_NONBLOCK;
         let (tap, network) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
         for socket in [&tap, &network] {
             setsockopt(socket, sockopt::SndBuf, &(1 << 20)).unwrap();
         }
-        let (_, backend, handle) = on_sockets(vec![tap.into()]);
+        let (_, backend, handle) = on_sockets(vec![tap.into()], limits);
         let guest = Guest::new();
         let (rx, active_rx) = guest.queue(size);
         let (tx, active_tx) = guest.queue(size);
@@ -231,6 +235,23 @@ fn a_driver_that_breaks_the_rules_ends_the_device() {
     rig.tx.corrupt_index();
     rig.tx.kick();
     assert!(matches!(rig.running.fail(), DeviceError::Ring(_)));
+}
+
+#[test]
+fn a_limited_interface_is_no_faster_than_that_either_way() {
+    let mut rig = Rig::limited(MERGE, 256, Limits { operations_per_s: 100, bytes_per_s: 0 });
+    rig.provide(256, 1536);
+    // A tenth of a second's worth, and the first one, come at once.
+    let count = 10 + 1 + 20;
+    let began = Instant::now();
+    (0..count).for_each(|_| rig.arrive(&packet(60)));
+    (0..count).for_each(|_| assert_eq!(rig.receive().0.len(), 60));
+    assert!(began.elapsed() >= Duration::from_millis(200), "received in {:?}", began.elapsed());
+    let began = Instant::now();
+    (0..count).for_each(|_| rig.send(&[&packet(60)]));
+    assert!(began.elapsed() >= Duration::from_millis(200), "sent in {:?}", began.elapsed());
+    assert_eq!((0..count).filter(|_| rig.departed().is_some()).count(), count, "none is lost");
+    rig.running.stop();
 }
 
 #[test]

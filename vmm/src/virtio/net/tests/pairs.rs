@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd;
 use virtio_queue::QueueT;
+use vmm_control::Limits;
 
 use super::{MERGE, QUIET, RX, TX, packet, with_count};
 use crate::virtio::device::DeviceError;
@@ -34,7 +35,7 @@ impl Rig {
         let flags = SockFlag::SOCK_NONBLOCK;
         let sockets = || socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
         let (taps, networks): (Vec<_>, Vec<_>) = (0..pairs).map(|_| sockets()).unzip();
-        let (_, backend, _) = on_sockets(taps.into_iter().map(Into::into).collect());
+        let (_, backend, _) = on_sockets(taps.into_iter().map(Into::into).collect(), Limits::default());
         let guest = Guest::new();
         let (mut queues, active): (Vec<_>, Vec<_>) = (0..=pairs * PAIR).map(|_| guest.queue(16)).unzip();
         let used = if features & MQ != 0 { pairs } else { 1 };

@@ -1,12 +1,25 @@
-//! How much a disk may do: so many requests and so many bytes a second.
+//! How much a device may do: so many operations, which are requests or packets, and so many bytes a second.
 //!
-//! Each is a meter that knows when all that was taken so far is paid for, at the rate that is allowed. A request is taken
+//! Each is a meter that knows when all that was taken so far is paid for, at the rate that is allowed. An operation is taken
 //! unless that is more than a [`BURST`] away, whatever its size, and its cost is added. So a short burst passes, what is
 //! large is paid for afterwards, and in the long run nobody gets more than the rate.
 
-use std::num::NonZeroU64;
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::as_conversions,
+        clippy::arithmetic_side_effects,
+        clippy::panic
+    )
+)]
 
-use vmm_control::DiskLimits;
+use std::num::NonZeroU64;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use vmm_control::Limits;
 
 use crate::notes::now;
 
@@ -40,42 +53,43 @@ impl Meter {
     }
 }
 
-/// The meters of a disk.
+/// The meters of a disk, or of a direction of a network interface.
 #[derive(Debug)]
-pub(super) struct Limit {
-    requests: Option<Meter>,
+pub struct Limit {
+    operations: Option<Meter>,
     bytes: Option<Meter>,
 }
 
 impl Limit {
-    pub(super) fn new(limits: DiskLimits) -> Self {
-        Self { requests: Meter::new(limits.requests_per_s), bytes: Meter::new(limits.bytes_per_s) }
+    /// Meters at which nothing has been taken yet.
+    pub fn new(limits: Limits) -> Self {
+        Self { operations: Meter::new(limits.operations_per_s), bytes: Meter::new(limits.bytes_per_s) }
     }
 
-    /// Milliseconds to wait before the next request is taken; `None` if it may be taken now.
-    pub(super) fn delay(&self) -> Option<u16> {
+    /// Milliseconds to wait before the next operation is taken; `None` if it may be taken now.
+    pub fn delay(&self) -> Option<u16> {
         self.is_any().then(|| self.delay_at(now())).flatten()
     }
 
-    /// Counts a request that moves so many bytes.
-    pub(super) fn charge(&mut self, bytes: usize) {
+    /// Counts an operation that moves so many bytes.
+    pub fn charge(&mut self, bytes: usize) {
         if self.is_any() {
             self.charge_at(now(), bytes);
         }
     }
 
-    /// A disk without limits does not look at the clock.
+    /// A device without limits does not look at the clock.
     fn is_any(&self) -> bool {
-        self.requests.is_some() || self.bytes.is_some()
+        self.operations.is_some() || self.bytes.is_some()
     }
 
     fn delay_at(&self, now: u64) -> Option<u16> {
-        let longest = [&self.requests, &self.bytes].into_iter().flatten().map(|meter| meter.delay(now)).max()?;
+        let longest = [&self.operations, &self.bytes].into_iter().flatten().map(|meter| meter.delay(now)).max()?;
         (longest > 0).then(|| u16::try_from(longest.div_ceil(NS_PER_MS)).unwrap_or(u16::MAX))
     }
 
     fn charge_at(&mut self, now: u64, bytes: usize) {
-        if let Some(meter) = &mut self.requests {
+        if let Some(meter) = &mut self.operations {
             meter.charge(now, 1);
         }
         if let Some(meter) = &mut self.bytes {
@@ -84,15 +98,43 @@ impl Limit {
     }
 }
 
+/// A [`Limit`] that the threads of one device have together; none at all costs no lock.
+#[derive(Debug)]
+pub struct SharedLimit(Option<Mutex<Limit>>);
+
+impl SharedLimit {
+    /// As [`Limit::new`].
+    pub fn new(limits: Limits) -> Self {
+        let limit = Limit::new(limits);
+        Self(limit.is_any().then(|| Mutex::new(limit)))
+    }
+
+    /// As [`Limit::delay`].
+    pub fn delay(&self) -> Option<u16> {
+        self.lock()?.delay()
+    }
+
+    /// As [`Limit::charge`].
+    pub fn charge(&self, bytes: usize) {
+        if let Some(mut limit) = self.lock() {
+            limit.charge(bytes);
+        }
+    }
+
+    fn lock(&self) -> Option<MutexGuard<'_, Limit>> {
+        self.0.as_ref().map(|limit| limit.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn limit(requests_per_s: u64, bytes_per_s: u64) -> Limit {
-        Limit::new(DiskLimits { requests_per_s, bytes_per_s })
+    fn limit(operations_per_s: u64, bytes_per_s: u64) -> Limit {
+        Limit::new(Limits { operations_per_s, bytes_per_s })
     }
 
-    /// Requests of so many bytes that pass in a time, in which each is asked for as soon as it may be.
+    /// Operations of so many bytes that pass in a time, in which each is asked for as soon as it may be.
     fn passed(limit: &mut Limit, bytes: usize, ms: u64) -> u64 {
         let (start, mut at, mut count) = (5 * NS_PER_MS, 5 * NS_PER_MS, 0);
         while at - start < ms * NS_PER_MS {
@@ -135,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_without_limits_never_waits() {
+    fn what_has_no_limits_never_waits() {
         let mut limit = limit(0, 0);
         limit.charge(usize::MAX);
         assert_eq!(limit.delay(), None);
