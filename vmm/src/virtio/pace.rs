@@ -5,7 +5,7 @@
 //! does not ask to be notified yet, lets work come, and takes together what has come. First it gives way, which lets whoever has
 //! more go on if that waits for this very processor, and is over at once if nobody does; then it pauses. It goes on so as long as
 //! that brings enough. Where one thing comes at a time it would wait in vain, so whether there are many is tried seldom, and the more
-//! seldom the more often it was in vain.
+//! seldom the more often it was in vain. So it is where others have the processor: what came while they had it came late.
 
 #![cfg_attr(
     not(test),
@@ -20,10 +20,13 @@
 )]
 
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long a pause is: some requests' worth of a guest's time.
 const PAUSE: Duration = Duration::from_micros(20);
+
+/// Longest time that one who has more for the thread may need; whoever takes longer has other work.
+const LATE: Duration = Duration::from_millis(2);
 
 /// Things taken one by one between two tries, at first and at most.
 const OFTEN: usize = 16;
@@ -39,14 +42,6 @@ pub enum Way {
 }
 
 impl Way {
-    /// Lets work come.
-    pub fn linger(self) {
-        match self {
-            Self::GiveWay => thread::yield_now(),
-            Self::Pause => thread::park_timeout(PAUSE),
-        }
-    }
-
     /// How much it has to bring to pay.
     fn enough(self) -> usize {
         match self {
@@ -63,6 +58,8 @@ pub struct Pace {
     lingering: Option<Way>,
     /// Whether lingering has brought enough at all, this time.
     paid: bool,
+    /// Whether it took longer than it may.
+    late: bool,
     /// Things to take one by one until the next try.
     until_try: usize,
     /// The same between tries, now.
@@ -73,7 +70,7 @@ pub struct Pace {
 
 impl Default for Pace {
     fn default() -> Self {
-        Self { lingering: None, paid: false, until_try: OFTEN, between: OFTEN, taken: 0 }
+        Self { lingering: None, paid: false, late: false, until_try: OFTEN, between: OFTEN, taken: 0 }
     }
 }
 
@@ -83,22 +80,32 @@ impl Pace {
         self.taken = self.taken.saturating_add(1);
     }
 
-    /// There is nothing left: whether to look again after having [lingered](Way::linger).
+    /// Lets work come.
+    pub fn linger(&mut self, way: Way) {
+        let began = Instant::now();
+        match way {
+            Way::GiveWay => thread::yield_now(),
+            Way::Pause => thread::park_timeout(PAUSE),
+        }
+        self.late |= began.elapsed() > LATE;
+    }
+
+    /// There is nothing left: whether to look again after having [lingered](Pace::linger).
     pub fn lingers(&mut self) -> Option<Way> {
-        let taken = std::mem::take(&mut self.taken);
+        let (taken, late) = (std::mem::take(&mut self.taken), std::mem::take(&mut self.late));
         self.lingering = match self.lingering {
             None => {
                 self.paid = false;
                 self.until_try = self.until_try.saturating_sub(usize::from(taken == 1));
                 (self.until_try == 0).then_some(Way::GiveWay)
             }
-            Some(way) if taken >= way.enough() => {
+            Some(way) if taken >= way.enough() && !late => {
                 self.paid = true;
                 Some(way)
             }
-            Some(Way::GiveWay) if taken == 0 && !self.paid => Some(Way::Pause),
+            Some(Way::GiveWay) if taken == 0 && !self.paid && !late => Some(Way::Pause),
             Some(_) => {
-                let next = if self.paid { self.between / 2 } else { self.between.saturating_mul(2) };
+                let next = if self.paid && !late { self.between / 2 } else { self.between.saturating_mul(2) };
                 self.between = next.clamp(1, SELDOM);
                 self.until_try = self.between;
                 None
@@ -150,6 +157,18 @@ mod tests {
         let mut pace = giving_way();
         assert!((0..100).all(|_| empty_after(&mut pace, 2) == Some(Way::GiveWay)));
         assert_eq!(empty_after(&mut pace, 1), None);
+    }
+
+    #[test]
+    fn it_is_over_where_others_have_the_processor() {
+        let mut pace = Pace::default();
+        let mut between = 0;
+        for _ in 0..10 {
+            between = (1..).find(|_| empty_after(&mut pace, 1).is_some()).unwrap();
+            pace.late = true;
+            assert_eq!(empty_after(&mut pace, 64), None);
+        }
+        assert_eq!(between, SELDOM);
     }
 
     #[test]

@@ -93,7 +93,7 @@ impl<'a, 'm> Service<'a, 'm> {
         self.tell()?;
         // Of those that come meanwhile the next round takes many together.
         if let Some(way) = lingers {
-            way.linger();
+            self.pace.linger(way);
         }
         Ok(wait)
     }

@@ -152,7 +152,7 @@ impl<'m> Pair<'m> {
         }
         self.late.tell(self.tx, self.memory, packets, bytes)?;
         if let Some(way) = lingers {
-            way.linger();
+            self.pace.linger(way);
         }
         Ok(wait)
     }

@@ -133,7 +133,7 @@ impl<'m> Receiver<'m> {
                 }
                 Err(error) => match error.kind() {
                     io::ErrorKind::WouldBlock => match self.pace.lingers() {
-                        Some(Way::GiveWay) => Way::GiveWay.linger(),
+                        Some(Way::GiveWay) => self.pace.linger(Way::GiveWay),
                         Some(Way::Pause) => pauses = Some(Way::Pause),
                         None => self.tap_ready = false,
                     },
@@ -145,7 +145,7 @@ impl<'m> Receiver<'m> {
         let told = self.queue.queue.next_used() != old && self.queue.signal_used_since(self.memory, old)?;
         // Told before a pause, the guest is at work meanwhile.
         if let Some(way) = pauses {
-            way.linger();
+            self.pace.linger(way);
         }
         Ok(told)
     }

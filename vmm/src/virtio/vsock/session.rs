@@ -122,7 +122,7 @@ impl<'a> Session<'a> {
             self.serve_rx()?;
             self.watch_listener()?;
             if let Some(way) = lingers {
-                way.linger();
+                self.tx_pace.linger(way);
             }
             for (token, events) in self.poller.wait(self.patience())? {
                 match token {
