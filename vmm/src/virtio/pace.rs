@@ -80,8 +80,9 @@ impl Pace {
         self.taken = self.taken.saturating_add(1);
     }
 
-    /// Lets work come.
-    pub fn linger(&mut self, way: Way) {
+    /// Lets work come, if [`Pace::lingers`] said so.
+    pub fn linger(&mut self, way: Option<Way>) {
+        let Some(way) = way else { return };
         let began = Instant::now();
         match way {
             Way::GiveWay => thread::yield_now(),

@@ -77,10 +77,11 @@ impl<'a, 'm> Service<'a, 'm> {
                 wait = Wait::Millis(millis);
             } else if let Some((queue, chain)) = self.next()? {
                 self.take(queue, chain)?;
-            } else if let Some(way) = self.pace.lingers() {
-                lingers = Some(way);
-                break;
             } else {
+                lingers = self.pace.lingers();
+                if lingers.is_some() {
+                    break;
+                }
                 // Looks again after asking for a notification: a request may have slipped in between (§2.7.10).
                 let mut more = false;
                 for queue in &mut self.queues {
@@ -92,9 +93,7 @@ impl<'a, 'm> Service<'a, 'm> {
         self.flights.submit()?;
         self.tell()?;
         // Of those that come meanwhile the next round takes many together.
-        if let Some(way) = lingers {
-            self.pace.linger(way);
-        }
+        self.pace.linger(lingers);
         Ok(wait)
     }
 

@@ -36,8 +36,6 @@ use virtio_bindings::virtio_net::{
 };
 use virtio_queue::QueueT;
 use vm_memory::GuestMemoryMmap;
-#[cfg(any(test, feature = "testing"))]
-use vmm_control::Limits;
 use vmm_control::MOST_QUEUES;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -107,7 +105,7 @@ pub fn device(name: String, setup: NetSetup) -> Result<(DeviceInfo, Net, Arc<Cou
 
 /// An interface in front of sockets that keep packets apart, for tests and fuzz targets.
 #[cfg(any(test, feature = "testing"))]
-pub fn on_sockets(sockets: Vec<File>, limits: Limits) -> (DeviceInfo, Net, Arc<Counters>) {
+pub fn on_sockets(sockets: Vec<File>, limits: vmm_control::Limits) -> (DeviceInfo, Net, Arc<Counters>) {
     let setup = NetSetup { taps: sockets, mac: [2; 6], limits };
     parts("net0".into(), setup, Switches { set_offloads: |_, _| Ok(()), attach: |_, _| Ok(()) })
 }

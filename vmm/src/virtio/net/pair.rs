@@ -151,9 +151,7 @@ impl<'m> Pair<'m> {
             (packets, bytes) = (packets.saturating_add(1), bytes.saturating_add(self.readable.len()));
         }
         self.late.tell(self.tx, self.memory, packets, bytes)?;
-        if let Some(way) = lingers {
-            self.pace.linger(way);
-        }
+        self.pace.linger(lingers);
         Ok(wait)
     }
 

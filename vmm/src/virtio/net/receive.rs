@@ -133,8 +133,8 @@ impl<'m> Receiver<'m> {
                 }
                 Err(error) => match error.kind() {
                     io::ErrorKind::WouldBlock => match self.pace.lingers() {
-                        Some(Way::GiveWay) => self.pace.linger(Way::GiveWay),
-                        Some(Way::Pause) => pauses = Some(Way::Pause),
+                        way @ Some(Way::GiveWay) => self.pace.linger(way),
+                        way @ Some(Way::Pause) => pauses = way,
                         None => self.tap_ready = false,
                     },
                     io::ErrorKind::Interrupted => {}
@@ -144,9 +144,7 @@ impl<'m> Receiver<'m> {
         }
         let told = self.queue.queue.next_used() != old && self.queue.signal_used_since(self.memory, old)?;
         // Told before a pause, the guest is at work meanwhile.
-        if let Some(way) = pauses {
-            self.pace.linger(way);
-        }
+        self.pace.linger(pauses);
         Ok(told)
     }
 

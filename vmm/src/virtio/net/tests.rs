@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
 use nix::unistd;
 use proptest::prelude::*;
+use vmm_control::Limits;
 
 use super::*;
 use crate::virtio::testing::{DriverQueue, Guest, Part, Running, readable};

@@ -121,9 +121,7 @@ impl<'a> Session<'a> {
             let lingers = self.serve_tx()?;
             self.serve_rx()?;
             self.watch_listener()?;
-            if let Some(way) = lingers {
-                self.tx_pace.linger(way);
-            }
+            self.tx_pace.linger(lingers);
             for (token, events) in self.poller.wait(self.patience())? {
                 match token {
                     STOP => return Ok(()),
